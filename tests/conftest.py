@@ -1,0 +1,88 @@
+"""What the tests share: small networks, real speech where it lies beside the checkout, and ways to run the programs."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from teachers import EncoderConfig, SpeechEncoder
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+SMALL = EncoderConfig(
+    conv_layers=((32, 10, 5),) + ((32, 3, 2),) * 4 + ((32, 2, 2),) * 2,
+    dim=48,
+    ffn_dim=96,
+    heads=4,
+    layers=4,
+    pos_kernel=32,
+    pos_groups=4,
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """torch.hub's cache in a temporary folder: no test writes into the user's."""
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["TORCH_HOME"] = str(folder)
+    torch.hub.set_dir(str(folder / "hub"))
+    return folder
+
+
+def shared(path):
+    """A file or folder of ../shared; the test is skipped where there is none."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"../shared/{path} is not here")
+    return SHARED / path
+
+
+def random_encoder(seed=0, **sizes):
+    """A SpeechEncoder at small sizes with every parameter random, so that each matters."""
+    generator = torch.Generator().manual_seed(seed)
+    encoder = SpeechEncoder(dataclasses.replace(SMALL, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * (0.15 if parameter.dim() > 1 else 0.1))
+    return encoder
+
+
+def noise(*shape, seed=0):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def write_audio(folder, lengths, rate=16000, seed=0, suffix=".flac"):
+    """Files of filtered noise, one for each length in samples; returns their paths."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:03d}{suffix}" for number in range(len(lengths))]
+    for path, length in zip(paths, lengths):
+        sound = np.convolve(rng.standard_normal(length + 7), np.hanning(8), "valid")
+        soundfile.write(path, 0.1 * sound, rate)
+    return paths
+
+
+def environment(**more):
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
+
+
+def run(*arguments, cwd, processes=None, **more):
+    """A program of ours as a user starts it: python, or torchrun with `processes`. Returns the finished process."""
+    start = [sys.executable]
+    if processes:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    program, *rest = map(str, arguments)
+    command = [*start, str(ROOT / program), *rest]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, **more)
+
+
+def metrics(out):
+    return [json.loads(line) for line in (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()]
