@@ -126,7 +126,7 @@ class SpeechEncoder(nn.Module):
             raise ValueError(f"layers {layers}: this encoder has hidden states 0 to {config.layers}")
         if waveforms.dim() != 2 or self.frames(waveforms.shape[1]) < 1:
             shape = tuple(waveforms.shape)
-            raise ValueError(f"waveforms of shape {shape}: expected (batch, samples) with samples for at least one frame")
+            raise ValueError(f"waveforms of shape {shape}: not (batch, samples) with at least one frame's samples")
         if lengths is not None:
             lengths = torch.as_tensor(lengths, device=waveforms.device)
             if lengths.shape != waveforms.shape[:1] or (lengths > waveforms.shape[1]).any():
@@ -145,7 +145,8 @@ class SpeechEncoder(nn.Module):
         valid = attention_mask = bias = None
         if lengths is not None:
             valid = _valid(self.frames(lengths), x.shape[1])[:, :, None]
-            x = x.masked_fill(~valid, 0)  # the positional convolution sees zeros past the end, as past an utterance's own
+            # The positional convolution must see past an utterance's end what it sees past the batch's: zeros.
+            x = x.masked_fill(~valid, 0)
             attention_mask = valid[:, None, None, :, 0]
         x = x + self.positional_embedding(x)
         if not config.pre_norm:
@@ -343,47 +344,28 @@ def _normalize(x, lengths=None, eps=1e-5):
 
 # ---------------------------------------------------------------- checkpoints
 
-# Each row: our name, the name in fairseq, s3prl and Microsoft's WavLM, in torchaudio, in transformers.
-# {i} is a layer counted from 0. The queries, keys and values of a layer are one Linear here, three there.
+# Each row: our name, the name in fairseq (s3prl and Microsoft's WavLM too), the name in transformers.
+# torchaudio's names are transformers' with other prefixes. {i} is a layer counted from 0.
 NAMES = [
-    ("feature_extractor.convs.{i}", "feature_extractor.conv_layers.{i}.0",
-     "feature_extractor.conv_layers.{i}.conv", "feature_extractor.conv_layers.{i}.conv"),
-    ("feature_extractor.norms.{i}", "feature_extractor.conv_layers.{i}.2.1",  # Large
-     "feature_extractor.conv_layers.{i}.layer_norm", "feature_extractor.conv_layers.{i}.layer_norm"),
-    ("feature_extractor.norms.{i}", "feature_extractor.conv_layers.{i}.2",  # Base
-     "feature_extractor.conv_layers.{i}.layer_norm", "feature_extractor.conv_layers.{i}.layer_norm"),
-    ("feature_projection.norm", "layer_norm",
-     "encoder.feature_projection.layer_norm", "feature_projection.layer_norm"),
-    ("feature_projection.projection", "post_extract_proj",
-     "encoder.feature_projection.projection", "feature_projection.projection"),
-    ("positional_embedding.conv", "encoder.pos_conv.0",
-     "encoder.transformer.pos_conv_embed.conv", "encoder.pos_conv_embed.conv"),
-    ("norm", "encoder.layer_norm",
-     "encoder.transformer.layer_norm", "encoder.layer_norm"),
-    ("relative_position", "encoder.layers.0.self_attn.relative_attention_bias",
-     "encoder.transformer.layers.0.attention.rel_attn_embed", "encoder.layers.0.attention.rel_attn_embed"),
-    ("layers.{i}.attention.q", "encoder.layers.{i}.self_attn.q_proj",
-     "encoder.transformer.layers.{i}.attention.q_proj", "encoder.layers.{i}.attention.q_proj"),
-    ("layers.{i}.attention.k", "encoder.layers.{i}.self_attn.k_proj",
-     "encoder.transformer.layers.{i}.attention.k_proj", "encoder.layers.{i}.attention.k_proj"),
-    ("layers.{i}.attention.v", "encoder.layers.{i}.self_attn.v_proj",
-     "encoder.transformer.layers.{i}.attention.v_proj", "encoder.layers.{i}.attention.v_proj"),
-    ("layers.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj",
-     "encoder.transformer.layers.{i}.attention.out_proj", "encoder.layers.{i}.attention.out_proj"),
-    ("layers.{i}.attention.gate", "encoder.layers.{i}.self_attn.grep_linear",
-     "encoder.transformer.layers.{i}.attention.gru_rel_pos_linear", "encoder.layers.{i}.attention.gru_rel_pos_linear"),
-    ("layers.{i}.attention.gate_scale", "encoder.layers.{i}.self_attn.grep_a",
-     "encoder.transformer.layers.{i}.attention.gru_rel_pos_const", "encoder.layers.{i}.attention.gru_rel_pos_const"),
-    ("layers.{i}.attention_norm", "encoder.layers.{i}.self_attn_layer_norm",
-     "encoder.transformer.layers.{i}.layer_norm", "encoder.layers.{i}.layer_norm"),
-    ("layers.{i}.ffn_in", "encoder.layers.{i}.fc1",
-     "encoder.transformer.layers.{i}.feed_forward.intermediate_dense", "encoder.layers.{i}.feed_forward.intermediate_dense"),
-    ("layers.{i}.ffn_out", "encoder.layers.{i}.fc2",
-     "encoder.transformer.layers.{i}.feed_forward.output_dense", "encoder.layers.{i}.feed_forward.output_dense"),
-    ("layers.{i}.ffn_norm", "encoder.layers.{i}.final_layer_norm",
-     "encoder.transformer.layers.{i}.final_layer_norm", "encoder.layers.{i}.final_layer_norm"),
+    ("feature_extractor.convs.{i}", "feature_extractor.conv_layers.{i}.0", "feature_extractor.conv_layers.{i}.conv"),
+    ("feature_extractor.norms.{i}", "feature_extractor.conv_layers.{i}.2.1", "feature_extractor.conv_layers.{i}.layer_norm"),
+    ("feature_extractor.norms.{i}", "feature_extractor.conv_layers.{i}.2", "feature_extractor.conv_layers.{i}.layer_norm"),
+    ("feature_projection.norm", "layer_norm", "feature_projection.layer_norm"),
+    ("feature_projection.projection", "post_extract_proj", "feature_projection.projection"),
+    ("positional_embedding.conv", "encoder.pos_conv.0", "encoder.pos_conv_embed.conv"),
+    ("norm", "encoder.layer_norm", "encoder.layer_norm"),
+    ("relative_position", "encoder.layers.0.self_attn.relative_attention_bias", "encoder.layers.0.attention.rel_attn_embed"),
+    ("layers.{i}.attention.q", "encoder.layers.{i}.self_attn.q_proj", "encoder.layers.{i}.attention.q_proj"),
+    ("layers.{i}.attention.k", "encoder.layers.{i}.self_attn.k_proj", "encoder.layers.{i}.attention.k_proj"),
+    ("layers.{i}.attention.v", "encoder.layers.{i}.self_attn.v_proj", "encoder.layers.{i}.attention.v_proj"),
+    ("layers.{i}.attention.out", "encoder.layers.{i}.self_attn.out_proj", "encoder.layers.{i}.attention.out_proj"),
+    ("layers.{i}.attention.gate", "encoder.layers.{i}.self_attn.grep_linear", "encoder.layers.{i}.attention.gru_rel_pos_linear"),
+    ("layers.{i}.attention.gate_scale", "encoder.layers.{i}.self_attn.grep_a", "encoder.layers.{i}.attention.gru_rel_pos_const"),
+    ("layers.{i}.attention_norm", "encoder.layers.{i}.self_attn_layer_norm", "encoder.layers.{i}.layer_norm"),
+    ("layers.{i}.ffn_in", "encoder.layers.{i}.fc1", "encoder.layers.{i}.feed_forward.intermediate_dense"),
+    ("layers.{i}.ffn_out", "encoder.layers.{i}.fc2", "encoder.layers.{i}.feed_forward.output_dense"),
+    ("layers.{i}.ffn_norm", "encoder.layers.{i}.final_layer_norm", "encoder.layers.{i}.final_layer_norm"),
 ]  # fmt: skip
-COLUMN = {"fairseq": 1, "torchaudio": 2, "transformers": 3}
 
 # Weights of pre-training or of a task that are no part of the encoder.
 NOT_ENCODER = re.compile(
@@ -451,7 +433,8 @@ def download(url):
                 raise OSError("what came is no checkpoint")
             os.replace(partial, path)
         except OSError as error:
-            raise OSError(f"{url}: not downloaded ({error}); try again, or fetch it by hand and give its path") from error
+            what = f"not downloaded ({error}); try again, or fetch it by hand and give its path"
+            raise OSError(f"{url}: {what}") from error
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(partial)
@@ -527,8 +510,8 @@ def _read_file(path):
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise ValueError(f"{path}: refused, it asks to run {foreign[1]}; get it from its official place") from None
-        reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0][:120] or type(error).__name__
-        raise ValueError(f"{path}: damaged, cut short or no checkpoint; get it again ({reason})") from None
+        reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: damaged, cut short or no checkpoint; get it again ({reason[:120]})") from None
 
 
 def _mentioned(path):
@@ -564,7 +547,7 @@ def _plain(settings):
 
 def _read_safetensors(path):
     """A .safetensors file as a state dict. Format: 8 bytes of header length, a JSON header, the tensors' bytes."""
-    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+    types = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -575,59 +558,63 @@ def _read_safetensors(path):
             start, end = entry["data_offsets"]
             if not 0 <= start <= end <= len(data):
                 raise ValueError(f"{name} lies outside the file")
-            tensor = torch.frombuffer(data[start:end], dtype=types[entry["dtype"]])
-            weights[name] = tensor.reshape(entry["shape"])
+            if entry["dtype"] in types:  # all that an encoder has
+                tensor = torch.frombuffer(data[start:end], dtype=types[entry["dtype"]])
+                weights[name] = tensor.reshape(entry["shape"])
         return weights
     except (ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(f"{path}: damaged or cut short; get it again ({error})") from None
 
 
 def _rename(path, weights):
-    """(form, weights under our names), the weight normalisation folded, torchaudio's WavLM split into q, k and v.
-
-    Weights without a name of ours keep their own.
-    """
+    """(form, weights under our names), the weight normalisation folded. A weight without a name of ours keeps its own."""
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path}: not a HuBERT or WavLM checkpoint")
     weights = {name: tensor for name, tensor in weights.items() if torch.is_tensor(tensor)}
-    for prefix in ("hubert.", "wavlm.", "wav2vec2.", "w2v_encoder.w2v_model.", "module."):
+    for prefix in ("hubert.", "wavlm.", "wav2vec2.", "w2v_encoder.w2v_model."):
         if any(name.startswith(prefix + "feature_extractor.") for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     if "post_extract_proj.weight" in weights or "encoder.pos_conv.0.bias" in weights:
         form = "fairseq"
     elif any(name.startswith("encoder.transformer.") for name in weights):
-        form = "torchaudio"
+        form, weights = "torchaudio", _torchaudio_as_transformers(weights)
     elif any(name.startswith("feature_projection.") for name in weights):
         form = "transformers"
     else:
-        raise ValueError(f"{path}: not a HuBERT or WavLM checkpoint (its first weights: {', '.join(list(weights)[:3])})")
+        first = ", ".join(list(weights)[:3]) or "none"
+        raise ValueError(f"{path}: not a HuBERT or WavLM checkpoint (its first weights: {first})")
 
     renamed = {}
-    patterns = [(re.compile(_pattern(row[COLUMN[form]]) + r"(\..+)?"), row[0]) for row in NAMES]
+    theirs = [(re.compile(_pattern(row[1 if form == "fairseq" else 2]) + r"(\..+)?"), row[0]) for row in NAMES]
     for name, tensor in weights.items():
-        packed = re.fullmatch(r"encoder\.transformer\.layers\.(\d+)\.attention\.attention\.(in_proj_|out_proj\.)(\w+)", name)
-        if packed:  # torchaudio's WavLM wraps nn.MultiheadAttention
-            layer, part, kind = packed.groups()
-            if part == "out_proj.":
-                renamed[f"layers.{layer}.attention.out.{kind}"] = tensor
-            else:
-                for letter, third in zip("qkv", tensor.chunk(3)):
-                    renamed[f"layers.{layer}.attention.{letter}.{kind}"] = third
-            continue
-        for pattern, ours in patterns:
-            match = pattern.fullmatch(name)
-            if match:
-                layer, suffix = (match.groups() if "{i}" in ours else (None, match[1]))
-                name = ours.format(i=layer) + (suffix or "")
+        for pattern, ours in theirs:
+            if match := pattern.fullmatch(name):
+                *layer, suffix = match.groups()
+                name = ours.format(i="".join(layer)) + (suffix or "")
                 break
         renamed[name] = tensor
 
     conv = "positional_embedding.conv."
-    for magnitude, direction in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
-        if conv + magnitude in renamed and conv + direction in renamed:
-            g, v = renamed.pop(conv + magnitude).float(), renamed.pop(conv + direction).float()
-            renamed[conv + "weight"] = g * v / v.norm(dim=(0, 1), keepdim=True)
+    for g, v in (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1")):
+        if conv + g in renamed and conv + v in renamed:
+            magnitude, direction = renamed.pop(conv + g).float(), renamed.pop(conv + v).float()
+            renamed[conv + "weight"] = magnitude * direction / direction.norm(dim=(0, 1), keepdim=True)
     return form, renamed
+
+
+def _torchaudio_as_transformers(weights):
+    renamed = {}
+    for name, tensor in weights.items():
+        name = name.replace("encoder.transformer.", "encoder.").replace(
+            "encoder.feature_projection.", "feature_projection."
+        )
+        name = name.replace(".attention.attention.", ".attention.")  # its WavLM wraps nn.MultiheadAttention, ...
+        if ".in_proj_" in name:  # ... which packs queries, keys and values
+            for part, third in zip("qkv", tensor.chunk(3)):
+                renamed[name.replace(".in_proj_", f".{part}_proj.")] = third
+        else:
+            renamed[name] = tensor
+    return renamed
 
 
 def _config(path, weights, settings, task):
@@ -663,10 +650,10 @@ def _config(path, weights, settings, task):
     if heads is None:
         heads = dim // 64 if dim in (768, 1024, 1280) else pos_groups  # the published sizes have 64 dims a head
         if dim not in (768, 1024, 1280):
-            _note(f"{path}: holds no configuration; taking {heads} attention heads (put its config.json beside it if wrong)")
+            _note(f"{path}: no configuration; taking {heads} attention heads (if wrong, put its config.json beside it)")
     if not dim or not heads or dim % heads:
         raise ValueError(f"{path}: {dim} dims do not divide over {heads} attention heads; not a whole HuBERT or WavLM")
-    # A bare state dict does not say these two. The published models agree: Large is pre-norm and normalised, Base neither.
+    # Tensors do not show these two. The published models agree: Large is pre-norm and normalised, Base neither.
     pre_norm = either(said(bool, "layer_norm_first", "do_stable_layer_norm"), per_layer)
     normalize = either(said(bool, "normalize", "do_normalize"), per_layer)
     return EncoderConfig(
@@ -701,7 +688,9 @@ def _conv_layers(path, weights, settings, number):
         return tuple(zip(settings["conv_dim"], settings["conv_kernel"], strides))
     shapes = [weights.get(f"feature_extractor.convs.{i}.weight") for i in range(number)]
     if number != 7 or any(tensor is None for tensor in shapes):
-        raise ValueError(f"{path}: holds no configuration, and {number} convolutions are not the usual 7; put its config.json beside it")
+        raise ValueError(
+            f"{path}: no configuration, and {number} convolutions, not the usual 7; put its config.json beside it"
+        )
     return tuple((len(tensor), tensor.shape[2], stride) for tensor, stride in zip(shapes, (5, 2, 2, 2, 2, 2, 2)))
 
 
@@ -739,10 +728,14 @@ def _official_name(name, form, config):
     stem, dot, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         stem, dot, kind = name, "", ""
-    for row in NAMES:
-        match = re.fullmatch(_pattern(row[0]), stem)
-        if match and not (config.conv_norm == "group" and row[1].endswith(".2.1")):
-            return row[COLUMN[form]].format(i="".join(match.groups())) + dot + kind
+    for ours, fairseq, transformers in NAMES:
+        match = re.fullmatch(_pattern(ours), stem)
+        if match and not (config.conv_norm == "group" and fairseq.endswith(".2.1")):  # Large's name for a norm
+            theirs = (fairseq if form == "fairseq" else transformers).format(i="".join(match.groups()))
+            if form == "torchaudio":
+                theirs = re.sub("^encoder", "encoder.transformer", theirs)
+                theirs = re.sub("^feature_projection", "encoder.feature_projection", theirs)
+            return theirs + dot + kind
     return name
 
 

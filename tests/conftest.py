@@ -59,6 +59,9 @@ def noise(*shape, seed=0):
     return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+LARGE = {"conv_norm": "layer", "pre_norm": True, "normalize": True, "conv_bias": True}
+
+
 def write_audio(folder, lengths, rate=16000, seed=0, suffix=".flac"):
     """Files of filtered noise, one for each length in samples; returns their paths."""
     rng = np.random.default_rng(seed)

@@ -16,12 +16,11 @@ import soundfile
 import torch
 import torchaudio
 import transformers
-from conftest import ROOT, environment, noise, random_encoder, shared
+from conftest import LARGE, ROOT, environment, noise, random_encoder, shared
 
 import teachers
 from teachers import EncoderConfig, SpeechEncoder, load_teacher, official_state_dict, save_official
 
-LARGE = {"conv_norm": "layer", "pre_norm": True, "normalize": True, "conv_bias": True}
 KINDS = {
     "hubert": {},
     "hubert_large": LARGE,
@@ -233,8 +232,13 @@ def test_wavlms_position_bias_is_computed_once_a_forward_pass(monkeypatch):
 
 
 def test_normalisation_makes_loudness_and_offset_not_matter():
-    encoder, waveforms = random_encoder(normalize=True, **{k: v for k, v in LARGE.items() if k != "normalize"}), noise(2, 6000)
-    for a, b in zip(states(encoder, waveforms, [6000, 4000]), states(encoder, 3 * waveforms + 0.5, [6000, 4000]), strict=True):
+    encoder, waveforms = (
+        random_encoder(normalize=True, **{k: v for k, v in LARGE.items() if k != "normalize"}),
+        noise(2, 6000),
+    )
+    for a, b in zip(
+        states(encoder, waveforms, [6000, 4000]), states(encoder, 3 * waveforms + 0.5, [6000, 4000]), strict=True
+    ):
         assert relative_difference(a, b) < 1e-2
     plain = SpeechEncoder(dataclasses.replace(encoder.config, normalize=False)).eval()
     plain.load_state_dict(encoder.state_dict())
@@ -298,7 +302,9 @@ def test_what_is_saved_in_an_official_form_loads_again(kind, form, tmp_path):
 def test_a_network_without_a_projection_loads(tmp_path):
     source = random_encoder(conv_layers=tuple((48, k, s) for _, k, s in EncoderConfig().conv_layers), projection=False)
     save_official(source, tmp_path / "t", "fairseq")
-    assert largest_difference(states(load_teacher(tmp_path / "t"), noise(1, 4000)), states(source, noise(1, 4000))) < 1e-4
+    assert (
+        largest_difference(states(load_teacher(tmp_path / "t"), noise(1, 4000)), states(source, noise(1, 4000))) < 1e-4
+    )
 
 
 def test_the_older_args_of_fairseq_are_read(tmp_path, monkeypatch):
@@ -349,7 +355,11 @@ class Canary:
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "before torch 1.6"])
 def test_a_pickle_with_foreign_code_is_refused_and_runs_nothing(legacy, tmp_path):
-    content = {"cfg": {}, "model": official_state_dict(random_encoder(), "fairseq"), "task_state": Canary(tmp_path / "canary")}
+    content = {
+        "cfg": {},
+        "model": official_state_dict(random_encoder(), "fairseq"),
+        "task_state": Canary(tmp_path / "canary"),
+    }
     torch.save(content, tmp_path / "t", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="refused.*mkdir"):
         load_teacher(tmp_path / "t")
@@ -376,7 +386,9 @@ def test_strangers_are_named_in_one_line(tmp_path, capsys):
     assert line.count("\n") == 1 and "quantizer.vars" in line
 
 
-@pytest.mark.parametrize("name", ["encoder.layers.2.fc1.weight", "encoder.layer_norm.bias", "encoder.pos_conv.0.weight_v"])
+@pytest.mark.parametrize(
+    "name", ["encoder.layers.2.fc1.weight", "encoder.layer_norm.bias", "encoder.pos_conv.0.weight_v"]
+)
 def test_a_missing_weight_is_named(name, tmp_path):
     save_official(random_encoder(), tmp_path / "t", "fairseq")
     content = torch.load(tmp_path / "t", weights_only=True)
@@ -451,7 +463,9 @@ def test_the_file_works_copied_alone_with_torch_only(tmp_path):
         "import torch\nfrom teachers import load_teacher\n"
         "print([tuple(s.shape) for s in load_teacher('t.pt')(torch.randn(2, 4000), layers=[1, 4])])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True
+    )
     assert done.stdout == "[(2, 12, 48), (2, 12, 48)]\n", done.stderr
 
 
@@ -513,7 +527,8 @@ def test_a_broken_download_leaves_no_file_and_the_next_try_works(server, answer)
 def test_processes_of_a_machine_download_once_while_the_others_wait(server):
     code = f"import teachers, os; print(os.path.getsize(teachers.download({server.url!r})))"
     started = [
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
     ]
     sizes = [int(process.communicate(timeout=120)[0]) for process in started]
     assert sizes == [len(server.body)] * 3
