@@ -1,0 +1,137 @@
+import pytest
+import torch
+import transformers
+from conftest import LARGE, noise, random_encoder, run
+
+from student import Student, initialise, load_student, save_student, student_config
+
+HEADS = [("layer2", 48), ("layer4", 96)]
+
+
+def random_student(**sizes):
+    torch.manual_seed(3)
+    teacher = random_encoder(**sizes)
+    student = Student(student_config(teacher.config), HEADS)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return student.eval(), teacher
+
+
+def test_predictions_have_the_heads_widths_and_a_loss_reaches_every_weight():
+    student = random_student()[0].train()
+    predictions = student(noise(2, 4000))
+    assert [tuple(p.shape) for p in predictions] == [(2, 12, 48), (2, 12, 96)]
+    sum(p.square().sum() for p in predictions).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters())
+
+
+@pytest.mark.parametrize("relative_buckets", [0, 320])
+def test_a_student_starts_as_the_teachers_first_layers(relative_buckets):
+    teacher = random_encoder(relative_buckets=relative_buckets)
+    student = Student(student_config(teacher.config), HEADS).eval()
+    initialise(student, teacher)
+    reference = random_encoder(layers=2)  # the same network without relative positions
+    reference.load_state_dict({k: v for k, v in teacher.state_dict().items() if k in reference.state_dict()})
+    with torch.no_grad():
+        ours, theirs = student.hidden_states(noise(2, 4000)), reference(noise(2, 4000))
+    assert len(ours) == 3
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs)) < 1e-5
+
+
+def test_a_student_deeper_than_the_teacher_cannot_start_from_it():
+    teacher = random_encoder(layers=2)
+    with pytest.raises(ValueError, match="--init none"):
+        initialise(Student(student_config(teacher.config, layers=3), HEADS), teacher)
+
+
+def test_gradients_into_the_convolutions_are_scaled_by_a_tenth():
+    student = random_student()[0].eval()
+
+    def gradients(scale):
+        student.encoder.config.conv_gradient_scale = scale
+        student.zero_grad()
+        sum(p.square().sum() for p in student(noise(2, 4000))).backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    scaled, whole = gradients(0.1), gradients(1.0)
+    for name in whole:
+        factor = 0.1 if "feature_extractor" in name else 1.0
+        assert (scaled[name] - factor * whole[name]).norm() < 1e-5 * whole[name].norm(), name
+
+
+def test_dropout_works_in_training_only_and_weight_normalisation_stays():
+    student = random_student()[0]
+    with torch.no_grad():
+        assert torch.equal(student(noise(1, 4000))[0], student(noise(1, 4000))[0])
+        student.train()
+        assert not torch.equal(student(noise(1, 4000))[0], student(noise(1, 4000))[0])
+    names = {name for name, _ in student.encoder.positional_embedding.named_parameters()}
+    assert names == {"conv.bias", "conv.parametrizations.weight.original0", "conv.parametrizations.weight.original1"}
+
+
+def test_a_saved_student_comes_back_equal_and_in_plain_types(tmp_path):
+    student, _ = random_student()
+    save_student(student, tmp_path / "student.pt")
+    torch.load(tmp_path / "student.pt", weights_only=True)
+    again = load_student(tmp_path / "student.pt")
+    assert (
+        not again.training
+        and again.head_names == ["layer2", "layer4"]
+        and again.encoder.config == student.encoder.config
+    )
+    with torch.no_grad():
+        for a, b in zip(
+            student.hidden_states(noise(2, 4000), [4000, 3000]), again.hidden_states(noise(2, 4000), [4000, 3000])
+        ):
+            assert torch.equal(a, b)
+
+
+def test_files_that_are_no_student_are_refused(tmp_path):
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    (tmp_path / "text.pt").write_text("no")
+    for name in ("other.pt", "text.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_student(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="none.pt"):
+        load_student(tmp_path / "none.pt")
+
+
+CONVS = tuple((48, kernel, stride) for _, kernel, stride in random_encoder().config.conv_layers)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{}, LARGE, {"conv_layers": CONVS, "projection": False}], ids=["base", "large", "no projection"]
+)
+def test_transformers_loads_a_written_student_with_equal_hidden_states(sizes, tmp_path):
+    student, _ = random_student(**sizes)
+    save_student(student, tmp_path / "student.pt")
+    done = run("student.py", "student.pt", "--to", "folder", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    model, report = transformers.HubertModel.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "folder")
+    assert extractor.do_normalize == student.encoder.config.normalize
+    waveforms = noise(2, 6000)
+    given = torch.nn.functional.layer_norm(waveforms, (6000,)) if extractor.do_normalize else waveforms
+    with torch.no_grad():
+        output = model.eval()(given, output_hidden_states=True)
+        ours = student.hidden_states(waveforms)
+    theirs = [*output.hidden_states[:-1], output.last_hidden_state]
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+
+
+def test_student_py_refuses_in_one_line(tmp_path):
+    student, _ = random_student()
+    save_student(student, tmp_path / "student.pt")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    for source, folder, word in [("student.pt", "full", "full"), ("none.pt", "new", "none.pt")]:
+        done = run("student.py", source, "--to", folder, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr
+    assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and not (tmp_path / "new").exists()
+
+
+def test_help_says_what_student_py_does(tmp_path):
+    done = run("student.py", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--to" in done.stdout
