@@ -1,0 +1,347 @@
+"""train.py as a user runs it: as a program, alone, under torchrun, and on two agents."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import LARGE, ROOT, environment, metrics, noise, random_encoder, run, write_audio
+
+import data
+import train
+from student import load_student
+from teachers import official_state_dict, save_official
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A folder with audio and four small teachers in official forms."""
+    folder = tmp_path_factory.mktemp("job")
+    write_audio(folder / "audio", [6000 + 397 * i for i in range(25)])
+    write_audio(folder / "audio" / "telephone", [5000 + 400 * i for i in range(5)], rate=8000, seed=1)
+    save_official(random_encoder(0), folder / "hubert.pt", "fairseq")
+    save_official(random_encoder(1), folder / "robust.pt", "s3prl")
+    save_official(random_encoder(2, relative_buckets=320), folder / "wavlm.pt", "microsoft")
+    save_official(random_encoder(3, dim=64, relative_buckets=320, **LARGE), folder / "wavlm_large.pt", "microsoft")
+    return folder
+
+
+def flags(job, out, **more):
+    settings = dict(
+        teachers=f"{job}/hubert.pt,{job}/robust.pt,{job}/wavlm.pt", heads="2,4", data=job / "audio", splits="."
+    )
+    settings |= dict(
+        steps=20, batch_size=8, lr=1e-3, max_seconds=0.5, precision="fp32", dropout=0, workers=0, log_every=5
+    )
+    settings |= dict(out=out) | more
+    return [str(part) for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def distil(job, out, processes=None, **more):
+    """The weights of the student of a whole run: in this process where it is alone, which saves a start of Python."""
+    out = job / out
+    if processes is None:
+        train.main(flags(job, out, **more))
+        return load_student(out / "student.pt").state_dict()
+    done = run("train.py", *flags(job, out, **more), cwd=job, processes=processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_student(out / "student.pt").state_dict()
+
+
+def assert_same_student(a, b, tolerance=1e-4):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).norm() <= tolerance * b[name].norm(), name
+
+
+@pytest.fixture(scope="module")
+def reference(job):
+    """The student of 20 steps on one process."""
+    return distil(job, "one")
+
+
+# ---------------------------------------------------------------- one run in many ways
+
+
+@pytest.mark.parametrize("processes, accumulate", [(2, 1), (None, 2), (2, 4)])
+def test_processes_and_accumulation_give_the_student_of_one_process(job, reference, processes, accumulate):
+    out = f"p{processes}a{accumulate}"
+    assert_same_student(distil(job, out, processes, accumulate=accumulate), reference)
+    for a, b in zip(metrics(job / out), metrics(job / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def test_two_agents_give_the_student_of_one(job, reference):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
+    command += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1", str(ROOT / "train.py")]
+    agents = [
+        subprocess.Popen(command + flags(job, "agents"), cwd=job, env=environment(), stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    errors = [agent.communicate(timeout=200)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], errors
+    assert_same_student(load_student(job / "agents" / "student.pt").state_dict(), reference)
+
+
+def interrupt(job, out, number, after, **more):
+    """Starts a run, sends it a signal once `after` stands on its screen, and returns (exit code, stderr)."""
+    command = [sys.executable, str(ROOT / "train.py"), *flags(job, out, **more)]
+    process = subprocess.Popen(
+        command, cwd=job, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if after in line:
+            process.send_signal(number)
+            break
+    errors = process.communicate(timeout=120)[1]
+    return process.returncode, errors
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_run_that_is_interrupted_and_started_again_ends_bit_for_bit_the_same(job, number):
+    settings = dict(steps=60, dropout=0.1, workers=1, log_every=1, save_every=1000, agg="concat")
+    whole = f"whole{int(number)}"
+    if not (job / "whole").exists():
+        assert run("train.py", *flags(job, "whole", **settings), cwd=job).returncode == 0
+    code, errors = interrupt(job, whole, number, "step  5/60", **settings)
+    assert code == 128 + number and errors.count("\n") == 1
+    stopped = torch.load(job / whole / "last.pt", weights_only=True)["step"]
+    assert f"step {stopped} of 60" in errors and 5 <= stopped < 60
+    assert [line["step"] for line in metrics(job / whole)] == list(range(1, stopped + 1))
+
+    with open(job / whole / "metrics.jsonl", "a") as file:  # as after a kill: lines of steps that no save holds
+        file.write('{"step": 59, "loss": 0.1}\n{"step": 60')
+    resumed = run("train.py", *flags(job, whole, **settings), cwd=job)
+    assert resumed.returncode == 0 and f"resuming after step {stopped}" in resumed.stdout
+    assert [line["step"] for line in metrics(job / whole)] == list(range(1, 61))
+    expected, got = (torch.load(job / out / "last.pt", weights_only=True) for out in ("whole", whole))
+    for name, tensor in expected["student"].items():
+        assert torch.equal(got["student"][name], tensor), name
+    for number, state in expected["optimizer"]["state"].items():
+        assert all(torch.equal(got["optimizer"]["state"][number][key], value) for key, value in state.items())
+
+
+def test_a_finished_run_is_left_as_it_is(job, reference):
+    before = (job / "one" / "last.pt").read_bytes()
+    done = run("train.py", *flags(job, job / "one"), cwd=job)
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert (job / "one" / "last.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+def test_metrics_hold_every_heads_terms_and_add_up(job, reference):
+    lines = metrics(job / "one")
+    assert [line["step"] for line in lines] == [1, 5, 10, 15, 20]
+    for line in lines:
+        assert {"step", "loss", "l1", "cosine", "lr", "audio_per_second", "l1/layer2", "cosine/layer4"} <= set(line)
+        assert line["loss"] == pytest.approx(line["l1"] + line["cosine"], rel=1e-6)
+        assert line["l1"] == pytest.approx((line["l1/layer2"] + line["l1/layer4"]) / 2, rel=1e-6)
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+
+
+@pytest.mark.parametrize("agg", ["avg", "concat", "none"])
+def test_each_aggregation_trains_its_heads_and_the_loss_falls(job, agg):
+    teachers = [job / "hubert.pt", job / "wavlm.pt"] if agg == "avg" else [job / "hubert.pt", job / "wavlm_large.pt"]
+    distil(job, agg, agg=agg, teachers=",".join(map(str, teachers)), steps=12)
+    student, lines = load_student(job / agg / "student.pt"), metrics(job / agg)
+    expected = {
+        "avg": [("layer2", 48), ("layer4", 48)],
+        "concat": [("layer2", 112), ("layer4", 112)],
+        "none": [("hubert.layer2", 48), ("hubert.layer4", 48), ("wavlm_large.layer2", 64), ("wavlm_large.layer4", 64)],
+    }[agg]
+    assert [(name, p.shape[-1]) for name, p in zip(student.head_names, student(noise(1, 4000)))] == expected
+    assert [tuple(state.shape) for state in student.hidden_states(noise(1, 4000))] == [(1, 12, 48)] * 3
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_bf16_and_a_student_from_scratch_train_too(job):
+    distil(job, "bf16", precision="bf16", init="none", steps=12, student_layers=3, dropout=0.1)
+    lines = metrics(job / "bf16")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {tensor.dtype for tensor in load_student(job / "bf16" / "student.pt").state_dict().values()} == {
+        torch.float32
+    }
+
+
+def test_a_file_that_turns_out_unreadable_is_left_out_named_and_counted(job, tmp_path):
+    paths = write_audio(tmp_path / "audio", [6000] * 120)
+    data.find_corpus(str(tmp_path / "audio"), ["."])  # the scan, while all is well
+    paths[7].write_bytes(paths[7].read_bytes()[:200])
+    settings = dict(data=tmp_path / "audio", steps=15)
+    students = []
+    for processes in (None, 2):
+        out = tmp_path / f"left_out{processes}"
+        done = run("train.py", *flags(job, out, **settings), cwd=job, processes=processes)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall("left out 007.flac", done.stderr)) == 1
+        assert metrics(out)[-1]["left_out"] == 1
+        students.append(load_student(out / "student.pt").state_dict())
+    assert_same_student(*students)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing_saved(job, tmp_path):
+    shutil.copy(job / "hubert.pt", tmp_path / "teacher.pt")
+    settings = dict(teachers=tmp_path / "teacher.pt", steps=60, log_every=1)
+    interrupt(job, tmp_path / "out", signal.SIGTERM, "step  3/60", **settings)
+    saved = (tmp_path / "out" / "last.pt").read_bytes()
+    stopped = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
+    broken = random_encoder(0)
+    broken.layers[3].ffn_out.bias.data[0] = float("nan")
+    save_official(broken, tmp_path / "teacher.pt", "fairseq")
+    done = run("train.py", *flags(job, tmp_path / "out", **settings), cwd=job)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"step {stopped + 1}:" in done.stderr and done.stderr.count(".flac") == 8
+    assert (tmp_path / "out" / "last.pt").read_bytes() == saved
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    args = train.parse(["--steps", "1000", "--lr", "1e-3", "--warmup", "0.07"])
+    rates = [train.learning_rate(step, args) for step in range(1, 1002)]
+    assert rates[0] == pytest.approx(1e-3 / 70) and max(rates) == rates[69] == 1e-3
+    assert rates[-1] == 0 and rates[999] > 0
+    assert all(a < b for a, b in zip(rates[:69], rates[1:70])) and all(a > b for a, b in zip(rates[69:], rates[70:]))
+
+
+def test_the_recipes_defaults_are_the_papers(monkeypatch):
+    args = vars(train.parse([]))
+    expected = dict(
+        agg="avg", heads=[4, 8, 12], student_layers=2, init="first", dropout=0.1, steps=200_000, batch_size=24
+    )
+    expected |= dict(lr=2e-4, warmup=0.07, clip=5.0, cosine_weight=1.0, out="runs/avg", data="data/LibriSpeech")
+    expected |= dict(teachers=["hubert", "robust_hubert", "wavlm_plus"], splits=list(data.LIBRISPEECH_960))
+    assert {key: args[key] for key in expected} == expected
+    assert args["max_seconds"] * 16000 == 250_000
+
+
+# ---------------------------------------------------------------- the demo
+
+
+def test_the_demo_runs_under_torchrun_in_two_minutes_and_the_loss_falls_by_a_third(tmp_path):
+    start = time.monotonic()
+    done = run("train.py", "--demo", cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 120
+    assert "not the quality of the method" in done.stdout
+    lines = metrics(tmp_path / "runs" / "demo-avg")
+    assert lines[-1]["loss"] < 2 / 3 * lines[0]["loss"]
+    load_student(tmp_path / "runs" / "demo-avg" / "student.pt")
+    assert {path.name for path in (tmp_path / "data" / "demo" / "teachers").iterdir()} == {
+        "hubert.pt",
+        "robust_hubert.pt",
+        "wavlm.pt",
+    }
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refusal(capsys, arguments):
+    """The one line on stderr with which train.py refuses, in this process."""
+    with pytest.raises(SystemExit) as end:
+        train.main(arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and line.startswith("train.py: "), line
+    return line
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(data="nowhere"), ["nowhere", "--data"]),
+        (dict(splits="train-clean-100"), ["train-clean-100", "--splits"]),
+        (dict(data="{job}/empty"), ["no audio", "empty"]),
+        (dict(teachers="nowhere.pt"), ["nowhere.pt", "hubert"]),
+        (dict(teachers="{job}/short.pt"), ["short.pt", "cut short"]),
+        (dict(teachers="{job}/page.pt"), ["page.pt", "web page"]),
+        (dict(teachers="{job}/code.pt"), ["code.pt", "refused", "system"]),
+        (dict(teachers="{job}/other.pt"), ["other.pt", "not a HuBERT or WavLM"]),
+        (dict(teachers="{job}/missing.pt"), ["missing.pt", "encoder.layers.1.fc1.weight"]),
+        (dict(heads="2,5"), ["--heads 5", "4 layers"]),
+        (dict(heads="2,2"), ["--heads", "once"]),
+        (dict(heads="two"), ["--heads", "two"]),
+        (dict(heads="0,2"), ["--heads", "from 1"]),
+        (dict(teachers="{job}/hubert.pt,{job}/wavlm_large.pt"), ["--agg avg", "hubert 48", "wavlm_large 64"]),
+        (dict(agg="mean"), ["--agg", "mean"]),
+        (dict(batch_size=9, accumulate=2), ["--batch-size 9", "--accumulate 2"]),
+        (dict(batch_size=64), ["--batch-size 64", "30 utterances"]),
+        (dict(student_layers=5), ["--student-layers", "--init none"]),
+        (dict(steps=0), ["--steps", "above 0"]),
+        (dict(lr="fast"), ["--lr", "fast"]),
+        (dict(out="{job}/strange"), ["strange", "--out"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(job, capsys, change, words, tmp_path):
+    (job / "empty").mkdir(exist_ok=True)
+    (job / "strange").mkdir(exist_ok=True)
+    (job / "strange" / "last.pt").write_text("mine")
+    whole = (job / "hubert.pt").read_bytes()
+    (job / "short.pt").write_bytes(whole[: len(whole) // 3])
+    (job / "page.pt").write_text("<html>Sign in</html>")
+    torch.save({"model": {}, "cfg": os.system}, job / "code.pt")
+    torch.save({"conv1.weight": torch.zeros(2)}, job / "other.pt")
+    weights = official_state_dict(random_encoder(), "fairseq")
+    del weights["encoder.layers.1.fc1.weight"]
+    torch.save({"cfg": {"encoder_attention_heads": 4}, "model": weights}, job / "missing.pt")
+    change = {key: str(value).format(job=job) for key, value in change.items()}
+    line = refusal(capsys, flags(job, **{"out": tmp_path / "out", **change}))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists() and os.listdir(job / "strange") == ["last.pt"]
+
+
+def test_the_folder_of_another_run_is_refused_and_the_settings_named(job, reference, capsys):
+    line = refusal(capsys, flags(job, job / "one", heads="2,3", lr=2e-3))
+    assert "--heads was 2,4, is 2,3" in line and "--lr was 0.001, is 0.002" in line and "--steps" not in line
+
+
+def test_a_damaged_save_and_changed_audio_are_said_so(job, capsys, tmp_path):
+    write_audio(tmp_path / "audio", [6000] * 10)
+    settings = dict(data=tmp_path / "audio", steps=2)
+    distil(job, tmp_path / "out", **settings)
+    write_audio(tmp_path / "audio" / "more", [6000])
+    assert "audio is not what it was" in refusal(capsys, flags(job, tmp_path / "out", **settings))
+    (tmp_path / "out" / "last.pt").write_bytes(b"damaged")
+    assert "last.pt" in refusal(capsys, flags(job, tmp_path / "out", **settings))
+
+
+def test_tensorboard_is_asked_for_where_it_is_missing(job, capsys, tmp_path):
+    try:
+        import tensorboard  # noqa: F401
+
+        pytest.skip("tensorboard is here")
+    except ImportError:
+        pass
+    assert "pip install tensorboard" in refusal(capsys, [*flags(job, tmp_path / "out"), "--tensorboard"])
+
+
+def test_under_torchrun_one_process_says_it_once(job, tmp_path):
+    done = run("train.py", *flags(job, tmp_path / "out", heads="2,7"), cwd=job, processes=2)
+    assert done.returncode != 0 and done.stderr.count("train.py: --heads 7") == 1
+    assert f'{ROOT / "train.py"}", line' not in done.stderr  # torchrun's own traceback, none of ours
+    uneven = run("train.py", *flags(job, tmp_path / "out", batch_size=9), cwd=job, processes=2)
+    assert uneven.stderr.count("train.py: --batch-size 9 does not divide over 2 processes") == 1
+
+
+def test_help_documents_every_setting_with_its_default():
+    done = run("train.py", "--help", cwd=ROOT)
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    for flag, default in [
+        ("--agg", "avg"),
+        ("--steps", "200000"),
+        ("--max-seconds", "15.625"),
+        ("--clip", "5.0"),
+        ("--out", "runs/"),
+    ]:
+        assert re.search(rf"{flag} .*?\(default: {default}", text), flag

@@ -1,0 +1,549 @@
+"""Distil an ensemble of frozen speech teachers into one small student (arXiv:2302.12757).
+
+    torchrun --nproc_per_node=4 train.py --agg avg --heads 4,8,12
+    python train.py --demo
+
+One file, read from top to bottom: settings, set-up, the loop. Running the same command again resumes the run.
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import aggregate
+import data
+from losses import distillation_loss
+from student import Student, initialise, save_student, student_config
+from teachers import EncoderConfig, SpeechEncoder, load_teacher, save_official
+
+# torchrun tells every process who it is; a plain `python train.py` is rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+DISTRIBUTED = "RANK" in os.environ
+
+# Settings that may change when a run is resumed: they change no weight (--accumulate: none beyond rounding).
+FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
+
+
+# ---------------------------------------------------------------- settings
+
+
+def parse(arguments=None):
+    """Settings from the command line. Bad ones end the program with one line and exit code 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.error = stop
+    add = parser.add_argument
+    # fmt: off
+    add("--teachers", type=_names, default="hubert,robust_hubert,wavlm_plus", help="names or paths of checkpoints, with commas; the first shapes the student")
+    add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="layerwise average, layerwise concatenation, or a head for each teacher and layer")
+    add("--heads", type=_layers, default="4,8,12", help="teachers' layers to predict, counted from 1")
+    add("--student-layers", type=_positive(int), default=2, help="Transformer layers of the student")
+    add("--init", choices=["first", "none"], default="first", help="start from the first teacher's weights, or from random ones")
+    add("--dropout", type=_fraction, default=0.1, help="dropout of the student, 0 to 1")
+    add("--data", default="data/LibriSpeech", help="folder of audio, or a fairseq manifest (.tsv)")
+    add("--splits", type=_names, default=",".join(data.LIBRISPEECH_960), help="sub-folders of --data, with commas; . is all of it")
+    add("--out", help="folder of the run (default: runs/ and the aggregation, such as runs/avg)", default=argparse.SUPPRESS)
+    add("--steps", type=_positive(int), default=200_000, help="optimizer steps")
+    add("--batch-size", type=_positive(int), default=24, help="utterances a step, over all processes together")
+    add("--accumulate", type=_positive(int), default=1, help="parts that a process cuts its share of a step into, to save memory")
+    add("--lr", type=_positive(float), default=2e-4, help="highest learning rate, of AdamW")
+    add("--warmup", type=_fraction, default=0.07, help="share of the steps that the learning rate rises; then it falls to 0")
+    add("--clip", type=_positive(float), default=5.0, help="norm that gradients are clipped to")
+    add("--cosine-weight", type=_not_negative, default=1.0, help="weight of the cosine loss beside L1")
+    add("--max-seconds", type=_positive(float), default=15.625, help="longest crop of an utterance, in seconds (250,000 samples)")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
+    add("--compile", action="store_true", help="torch.compile teachers and student")
+    add("--workers", type=int, default=argparse.SUPPRESS, help="processes that read audio, for each training process (default: up to 4)")
+    add("--seed", type=int, default=0, help="of the student's first weights, the data's order and dropout")
+    add("--log-every", type=_positive(int), default=100, help="steps between lines of metrics")
+    add("--save-every", type=_positive(int), default=1000, help="steps between saves")
+    add("--tensorboard", action="store_true", help="write TensorBoard scalars too (needs the package tensorboard)")
+    add("--demo", action="store_true", help="synthetic speech and three tiny random teachers: shows the machinery in two minutes")
+    # fmt: on
+    if parser.parse_known_args(arguments)[0].demo:
+        teachers = ",".join(f"{DEMO}/teachers/{name}.pt" for name in DEMO_TEACHERS)
+        parser.set_defaults(data=DEMO, splits="train-clean-100", teachers=teachers, steps=240, batch_size=8)
+        parser.set_defaults(lr=2e-3, max_seconds=1.2, log_every=20, save_every=100)
+    args = parser.parse_args(arguments)
+    if not hasattr(args, "out"):
+        args.out = f"runs/{'demo-' if args.demo else ''}{args.agg}"
+    if not hasattr(args, "workers"):
+        args.workers = min(4, max(1, _cores() // LOCAL_WORLD_SIZE))
+    if args.max_seconds * data.SAMPLE_RATE < data.SHORTEST:
+        stop(f"argument --max-seconds: {args.max_seconds} is less than one frame, 0.025")
+    parts = WORLD_SIZE * args.accumulate
+    if args.batch_size % parts:
+        stop(
+            f"--batch-size {args.batch_size} does not divide over {WORLD_SIZE} processes and --accumulate {args.accumulate}"
+        )
+    return args
+
+
+def _names(text):
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("empty")
+    return names
+
+
+def _layers(text):
+    try:
+        layers = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: layer numbers with commas, such as 4,8,12") from None
+    if min(layers) < 1 or len(set(layers)) < len(layers):
+        raise argparse.ArgumentTypeError(f"{text!r}: layers count from 1, each once")
+    return layers
+
+
+def _positive(kind):
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
+
+
+def _fraction(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or above, and below 1")
+    return value
+
+
+def _not_negative(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be 0 or above")
+    return value
+
+
+# ---------------------------------------------------------------- set-up
+
+DEMO = "data/demo"
+DEMO_TEACHERS = {"hubert": "fairseq", "robust_hubert": "s3prl", "wavlm": "microsoft"}  # and the form each is written in
+
+
+def prepare_demo(folder):
+    """The synthetic corpus and three tiny random teachers, written once, by one process a machine."""
+    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+    with data.locked(folder + ".lock"):
+        if os.path.isdir(folder):
+            return
+        shutil.rmtree(folder + ".partial", ignore_errors=True)
+        data.write_demo_corpus(folder + ".partial")
+        os.makedirs(f"{folder}.partial/teachers")
+        convolutions = ((32, 10, 5),) + ((32, 3, 2),) * 4 + ((32, 2, 2),) * 2
+        for seed, (name, form) in enumerate(DEMO_TEACHERS.items()):
+            torch.manual_seed(seed)
+            buckets = 320 if form == "microsoft" else 0
+            encoder = SpeechEncoder(EncoderConfig(convolutions, dim=64, ffn_dim=128, heads=4, relative_buckets=buckets))
+            for parameter in encoder.layers.parameters():
+                if parameter.dim() == 2:  # wide enough for layers to differ from each other
+                    torch.nn.init.normal_(parameter, std=1.5 / parameter.shape[1] ** 0.5)
+            save_official(encoder, f"{folder}.partial/teachers/{name}.pt", form)
+        os.rename(folder + ".partial", folder)
+
+
+def teacher_names(teachers):
+    """A short name for each teacher, for heads and metrics: the file's without its ending, numbered where it recurs."""
+    names = []
+    for path in teachers:
+        stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+        recurs = names.count(stem)
+        names.append(f"{stem}{recurs + 1}" if recurs else stem)
+    return names
+
+
+def check_teachers(teachers, paths, layers):
+    """Raises ValueError where a teacher lacks a layer to predict or has frames of its own."""
+    for teacher, path in zip(teachers, paths):
+        if max(layers) > teacher.config.layers:
+            raise ValueError(f"--heads {max(layers)}: {path} has {teacher.config.layers} layers")
+        if [layer[1:] for layer in teacher.config.conv_layers] != [
+            layer[1:] for layer in teachers[0].config.conv_layers
+        ]:
+            raise ValueError(f"{path}: its frames are not those of {paths[0]}; teachers must share one frame rate")
+
+
+def open_run(out, settings):
+    """Raises ValueError where the folder holds another run, whose settings it names."""
+    path = os.path.join(out, "config.json")
+    if not os.path.exists(path):
+        strangers = [
+            name for name in ("last.pt", "student.pt", "metrics.jsonl") if os.path.exists(os.path.join(out, name))
+        ]
+        if strangers:
+            raise ValueError(f"{out}: holds {strangers[0]} but no config.json of a run; give --out another folder")
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            then = json.load(file)["settings"]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path}: not the settings of a run; give --out another folder") from None
+    differ = [key for key in settings if key not in FREE and then.get(key) != settings[key]]
+    if differ:
+        what = "; ".join(
+            f"--{key.replace('_', '-')} was {_text(then.get(key))}, is {_text(settings[key])}" for key in differ
+        )
+        raise ValueError(
+            f"{out}: holds a run with other settings ({what}); give --out another folder, or the run's own settings"
+        )
+
+
+def _text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def load_run(out, corpus):
+    """What last.pt holds, or None before the first save. Raises ValueError where it is damaged or the audio has changed."""
+    path = os.path.join(out, "last.pt")
+    if not os.path.exists(path):
+        return None
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        step, fingerprint = run["step"], run["corpus"]
+    except Exception:  # a damaged file can raise nearly anything
+        raise ValueError(f"{path}: damaged or not a run's; move it away to start again") from None
+    if fingerprint != corpus.fingerprint():
+        raise ValueError(
+            f"{out}: the audio is not what it was up to step {step}; restore it, or give --out another folder"
+        )
+    return run
+
+
+def prepare(args, device):
+    """Everything that bad input can spoil, before a file of the run is written.
+
+    Returns (corpus, batches, teachers, student, what last.pt holds or None). Raises OSError and ValueError.
+    """
+    open_run(args.out, vars(args))
+    if args.tensorboard:
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # noqa: F401
+        except ImportError:
+            raise ValueError("--tensorboard needs a package that is not there: pip install tensorboard") from None
+    if args.demo:
+        prepare_demo(DEMO)
+    corpus = data.find_corpus(args.data, args.splits)
+    longest = int(args.max_seconds * data.SAMPLE_RATE)
+    batches = data.Batches(corpus, args.batch_size, longest, args.seed, RANK, WORLD_SIZE)
+    run = load_run(args.out, corpus)
+    teachers = [load_teacher(path, device) for path in args.teachers]
+    check_teachers(teachers, args.teachers, args.heads)
+    widths = [(name, teacher.config.dim) for name, teacher in zip(teacher_names(args.teachers), teachers)]
+    heads = aggregate.heads(args.agg, args.heads, widths)
+    torch.manual_seed(args.seed)
+    student = Student(student_config(teachers[0].config, args.student_layers, args.dropout), heads)
+    if args.init == "first":
+        initialise(student, teachers[0])
+    return corpus, batches, teachers, student.to(device), run
+
+
+def start_files(args, student, done):
+    """config.json of a new run; metrics.jsonl of a resumed one without the lines of steps that are taken again."""
+    os.makedirs(args.out, exist_ok=True)
+    path = os.path.join(args.out, "config.json")
+    if not os.path.exists(path):
+        versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+        config = {"settings": vars(args), "heads": student.head_names, "processes": WORLD_SIZE, "versions": versions}
+        save_atomically(path, lambda file: file.write(json.dumps(config, indent=2).encode()))
+    path = os.path.join(args.out, "metrics.jsonl")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= done]
+        save_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+# ---------------------------------------------------------------- saving, logging, stopping together
+
+
+def save_run(args, step, student, optimizer, corpus, left_out):
+    """last.pt, everything a resume needs, and student.pt, the student alone."""
+    run = {"step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict()}
+    run |= {"corpus": corpus.fingerprint(), "left_out": left_out}
+    save_atomically(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file))
+    save_atomically(os.path.join(args.out, "student.pt"), lambda file: save_student(student, file, step=step))
+
+
+def save_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path`, and gives it the name only when it is whole on disk."""
+    partial = path + ".partial"
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise OSError(f"{path}: not written ({error}); what was saved before is whole") from error
+
+
+def log(args, step, metrics, seconds_left, board):
+    """One line for a person, one in metrics.jsonl, and TensorBoard's scalars."""
+    print(
+        f"step {step:>{len(str(args.steps))}}/{args.steps}  loss {metrics['loss']:.4f}  L1 {metrics['l1']:.4f}"
+        f"  cosine {metrics['cosine']:.4f}  lr {metrics['lr']:.2e}  {metrics['audio_per_second']:.0f} s of audio/s"
+        f"  {_time(seconds_left)} left",
+        flush=True,
+    )
+    with open(os.path.join(args.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
+        file.write(json.dumps(metrics) + "\n")
+    if board:
+        for name, value in metrics.items():
+            board.add_scalar(name, value, step)
+
+
+def _time(seconds):
+    days, seconds = divmod(round(seconds), 86400)
+    return f"{f'{days} d ' if days else ''}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks."""
+    if not DISTRIBUTED:
+        return [value]
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(action, *arguments):
+    """action(*arguments) on every process; where it raises on any, all stop with that line."""
+    result = problem = None
+    try:
+        result = action(*arguments)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    problem = next((p for p in gather(problem) if p), None)
+    if problem:
+        stop(problem)
+    return result
+
+
+def stop(message, code=2):
+    """Ends the program with one line on stderr, from rank 0 only."""
+    if RANK == 0:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+# ---------------------------------------------------------------- the numbers of the recipe
+
+
+def learning_rate(step, args):
+    """Of step 1..steps: a linear rise over the first share, then a linear fall that reaches 0 after the last."""
+    warmup = max(1, round(args.warmup * args.steps))
+    return args.lr * min(step / warmup, (args.steps + 1 - step) / (args.steps + 1 - warmup))
+
+
+def native_bf16(device):
+    """Whether the device computes in bf16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def peak_memory(device):
+    """Gigabytes: of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# ---------------------------------------------------------------- the run
+
+
+def main(arguments=None):
+    args = parse(arguments)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu and LOCAL_WORLD_SIZE > torch.cuda.device_count():
+        stop(f"{LOCAL_WORLD_SIZE} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+    device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    elif DISTRIBUTED and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, _cores() // LOCAL_WORLD_SIZE))  # 1 is torchrun's default, on any machine
+    if DISTRIBUTED:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+
+    corpus, batches, teachers, student, run = together(prepare, args, device)
+    precision = args.precision if args.precision != "auto" else "bf16" if native_bf16(device) else "fp32"
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-6)
+    done, left_out = 0, dict(corpus.left_out)
+    if run:
+        done = run["step"]
+        student.load_state_dict(run["student"])
+        optimizer.load_state_dict(run["optimizer"])
+        left_out.update(run["left_out"])
+        del run
+    if args.compile:
+        for module in (*teachers, student):
+            module.compile()
+    model = DistributedDataParallel(student, [LOCAL_RANK] if on_gpu else None) if DISTRIBUTED else student
+    targets_of = aggregate.AGGREGATIONS[args.agg]
+
+    together(start_files if RANK == 0 else lambda *_: None, args, student, done)
+    board = None
+    if RANK == 0:
+        if args.tensorboard:
+            board = torch.utils.tensorboard.SummaryWriter(args.out, purge_step=done + 1)
+        weights = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+        print(
+            f"audio: {len(corpus):,} utterances, {corpus.hours():.2f} hours, {batches.steps_an_epoch:,} steps an epoch"
+        )
+        warn(corpus.left_out)
+        print(f"teachers: {', '.join(teacher_names(args.teachers))}; heads: {', '.join(student.head_names)}")
+        print(
+            f"student: {args.student_layers} layers, {weights:.2f} million weights; {precision} on {WORLD_SIZE} x {device.type}"
+        )
+        if args.demo:
+            print("demo: synthetic speech, random teachers. It shows the machinery, not the quality of the method.")
+        if done == args.steps:
+            print(f"{args.out}: finished, {done} of {args.steps} steps; give --out another folder for another run")
+        else:
+            print(f"{args.out}: {f'resuming after step {done}' if done else f'{args.steps:,} steps to go'}", flush=True)
+
+    asked = []  # signals that came: the step in hand is finished first, a second Ctrl-C is not waited for
+
+    def on_signal(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    student.train()
+    saved, pending, interrupted = done, {}, 0
+    sums, parts, samples, since = torch.zeros(2, len(student.heads), device=device), 0, 0, time.monotonic()
+    for step, batch in enumerate(data.load_batches(batches, done, args.steps, args.workers), start=done + 1):
+        optimizer.param_groups[0]["lr"] = learning_rate(step, args)
+        # Dropout depends on seed, step and rank alone, so that a resume needs no state of a random generator.
+        torch.manual_seed(int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1, np.uint64)[0]))
+        pending.update(batch["left_out"])
+        readable = torch.tensor([path not in batch["left_out"] for path in batch["paths"]])
+        waveforms = batch["waveforms"].to(device, non_blocking=True)
+
+        step_loss = torch.zeros((), device=device)
+        for part, (waves, good) in enumerate(
+            zip(waveforms.chunk(args.accumulate), readable.chunk(args.accumulate)), start=1
+        ):
+            with torch.no_grad(), autocast():
+                targets = targets_of([teacher(waves, layers=args.heads) for teacher in teachers])
+            # Processes add up their gradients once a step, while the last part goes backward.
+            with contextlib.nullcontext() if part == args.accumulate or not DISTRIBUTED else model.no_sync():
+                with autocast():
+                    predictions = model(waves)
+                valid = None if good.all() else good[:, None].expand(predictions[0].shape[:2]).to(device)
+                loss, l1, cosine = distillation_loss(predictions, targets, valid, args.cosine_weight)
+                # An utterance left out weighs nothing, and the others what they weigh in a full batch.
+                loss = loss * (float(good.float().mean()) / args.accumulate)
+                loss.backward()
+            step_loss += loss.detach()
+            sums += torch.stack([l1, cosine])
+            parts += 1
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        samples += args.batch_size * waveforms.shape[1]
+
+        # All processes go the same way: to the update, or out before it spoils a weight.
+        finite = bool(torch.isfinite(step_loss)), bool(torch.isfinite(norm))
+        state = torch.tensor([not all(finite), max(asked, default=0)], dtype=torch.int64)
+        if DISTRIBUTED:
+            dist.all_reduce(state, dist.ReduceOp.MAX)
+        if state[0]:
+            suspects = gather(batch["paths"] if not finite[0] else [])
+            suspects = suspects if any(suspects) else gather(batch["paths"])
+            files = ", ".join(path for paths in suspects for path in paths)
+            what = "gradient" if finite[0] and DISTRIBUTED is False else "loss or gradient"
+            stop(
+                f"step {step}: the {what} is not finite; files of the batch: {files}; {args.out} is as saved after step {saved}"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        interrupted = int(state[1])
+        last = step == args.steps or interrupted
+
+        if step == done + 1 or step % args.log_every == 0 or last:
+            found, pending = functools.reduce(dict.__or__, gather(pending)), {}
+            if RANK == 0:
+                warn({path: reason for path, reason in found.items() if path not in left_out})
+            left_out.update(found)
+            unreadable = corpus.unreadable + len(left_out) - len(corpus.left_out)
+            together(data.check_left_out, unreadable, len(corpus) + len(corpus.left_out), args.data)
+            means = sums.cpu() / (parts * WORLD_SIZE)
+            if DISTRIBUTED:
+                dist.all_reduce(means)
+            seconds, since = time.monotonic() - since, time.monotonic()
+            if RANK == 0:
+                l1, cosine = means.tolist()
+                metrics = {"step": step, "l1": sum(l1) / len(l1), "cosine": sum(cosine) / len(cosine)}
+                metrics["loss"] = metrics["l1"] + args.cosine_weight * metrics["cosine"]
+                metrics |= {"lr": learning_rate(step, args), "audio_per_second": samples / data.SAMPLE_RATE / seconds}
+                metrics |= {"gradient_norm": float(norm), "left_out": len(left_out)}
+                for name, a, b in zip(student.head_names, l1, cosine):
+                    metrics |= {f"l1/{name}": a, f"cosine/{name}": b}
+                log(args, step, metrics, (args.steps - step) * seconds * args.accumulate / parts, board)
+            sums.zero_()
+            parts = samples = 0
+
+        if step % args.save_every == 0 or last:
+            save = save_run if RANK == 0 else lambda *_: None
+            together(save, args, step, student, optimizer, corpus, left_out)
+            saved = step
+        if interrupted:
+            stop(
+                f"interrupted; step {step} of {args.steps} is saved in {args.out}, the same command resumes",
+                128 + interrupted,
+            )
+
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if RANK == 0 and done < args.steps:
+        print(
+            f"{args.out}/student.pt: the student after {args.steps} steps; peak memory {peak_memory(device):.1f} GB",
+            flush=True,
+        )
+    if DISTRIBUTED:
+        dist.destroy_process_group()
+
+
+def warn(left_out):
+    """One line on stderr for each file, up to twenty."""
+    for path, reason in list(left_out.items())[:20]:
+        print(f"warning: left out {path}: {reason}", file=sys.stderr)
+    if len(left_out) > 20:
+        print(f"warning: left out {len(left_out) - 20} more files", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
