@@ -1,4 +1,4 @@
-"""The distillation loss of DistilHuBERT (arXiv:2110.01900, eq. 1), one term a prediction head.
+"""The distillation loss of DistilHuBERT (arXiv:2110.01900), one term a prediction head.
 
 Works alone, with nothing but torch.
 """

@@ -5,11 +5,12 @@ Works alone, with nothing but torch:
     teacher = load_teacher("hubert")                     # or a path
     states = teacher(waveforms, layers=[4, 8, 12])       # three tensors (batch, frames, dim)
 
-Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900, RobustHuBERT (RoHuBERT-MGR) arXiv:2203.16104.
+Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900; RobustHuBERT is the one that arXiv:2302.12757 distils.
 """
 
 import contextlib
 import dataclasses
+import http.client
 import json
 import math
 import os
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Where the official checkpoints lie. RobustHuBERT is by the authors of the ensemble paper, WavLM as s3prl converted it.
+# Where the official checkpoints lie; WavLM as s3prl converted it.
 TEACHERS = {
     "hubert": "https://dl.fbaipublicfiles.com/hubert/hubert_base_ls960.pt",
     "hubert_large": "https://dl.fbaipublicfiles.com/hubert/hubert_large_ll60k.pt",
@@ -167,7 +168,11 @@ class SpeechEncoder(nn.Module):
         return [states[layer] for layer in layers]
 
     def position_bias(self, frames):
-        """WavLM's relative position bias, (heads, frames, frames), shared by all layers. Source: arXiv:2110.13900, eq. 4-6."""
+        """WavLM's relative position bias, (heads, query frames, key frames), the same for every layer before its gate.
+
+        Distances fall into buckets: exact when small, wider as a logarithm grows.
+        Source: arXiv:2110.13900; compute_bias in Microsoft's wavlm/modules.py.
+        """
         device = self.relative_position.weight.device
         buckets, distance = self.config.relative_buckets // 2, torch.arange(1 - frames, frames, device=device)
         exact, far = buckets // 2, distance.abs().clamp(min=1).float()
@@ -273,7 +278,7 @@ class TransformerLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; with a relative position bias, gated by the query as in WavLM (arXiv:2110.13900, eq. 4)."""
+    """Multi-head attention; with a relative position bias, gated by each frame itself as in WavLM (arXiv:2110.13900)."""
 
     def __init__(self, config):
         super().__init__()
@@ -432,7 +437,7 @@ def download(url):
             if not start.startswith((b"PK", b"\x80")) or (start.startswith(b"PK") and not zipfile.is_zipfile(partial)):
                 raise OSError("what came is no checkpoint")
             os.replace(partial, path)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             what = f"not downloaded ({error}); try again, or fetch it by hand and give its path"
             raise OSError(f"{url}: {what}") from error
         finally:
@@ -605,9 +610,8 @@ def _rename(path, weights):
 def _torchaudio_as_transformers(weights):
     renamed = {}
     for name, tensor in weights.items():
-        name = name.replace("encoder.transformer.", "encoder.").replace(
-            "encoder.feature_projection.", "feature_projection."
-        )
+        name = name.replace("encoder.transformer.", "encoder.")
+        name = name.replace("encoder.feature_projection.", "feature_projection.")
         name = name.replace(".attention.attention.", ".attention.")  # its WavLM wraps nn.MultiheadAttention, ...
         if ".in_proj_" in name:  # ... which packs queries, keys and values
             for part, third in zip("qkv", tensor.chunk(3)):
@@ -645,7 +649,10 @@ def _config(path, weights, settings, task):
     dim = either(said(int, "encoder_embed_dim", "hidden_size"), shape("norm.weight", 0)[0])
     pos_shape = shape("positional_embedding.conv.weight", dim, 1, 128)
     pos_groups = either(said(int, "conv_pos_groups", "num_conv_pos_embedding_groups"), pos_shape[0] // pos_shape[1])
-    buckets, bias_heads = shape("relative_position.weight", 0, None)
+    gated = any(".attention.gate" in name for name in weights)
+    relative = either(said(bool, "relative_position_embedding"), gated or settings.get("model_type") == "wavlm")
+    buckets, bias_heads = shape("relative_position.weight", 320, None)
+    buckets = either(said(int, "num_buckets"), buckets) if relative else 0
     heads = either(said(int, "encoder_attention_heads", "num_attention_heads"), bias_heads)
     if heads is None:
         heads = dim // 64 if dim in (768, 1024, 1280) else pos_groups  # the published sizes have 64 dims a head
@@ -670,7 +677,7 @@ def _config(path, weights, settings, task):
         pos_groups=pos_groups,
         relative_buckets=buckets,
         relative_distance=either(said(int, "max_distance", "max_bucket_distance"), 800),
-        relative_gate="layers.0.attention.gate.weight" in weights or not buckets,
+        relative_gate=either(said(bool, "gru_rel_pos"), gated or not relative),
         normalize=normalize,
     )
 

@@ -34,7 +34,7 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DISTRIBUTED = "RANK" in os.environ
 
-# Settings that may change when a run is resumed: they change no weight (--accumulate: none beyond rounding).
+# Settings that may change when a run is resumed: they change no weight beyond rounding.
 FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
 
 
@@ -48,30 +48,35 @@ def parse(arguments=None):
     )
     parser.error = stop
     add = parser.add_argument
+    count = _number(int, "1 or more", lambda n: n >= 1)
+    whole = _number(int, "0 or more", lambda n: n >= 0)
+    positive = _number(float, "above 0", lambda x: 0 < x < float("inf"))
+    not_negative = _number(float, "0 or more", lambda x: 0 <= x < float("inf"))
+    share = _number(float, "0 or more, and below 1", lambda x: 0 <= x < 1)
     # fmt: off
     add("--teachers", type=_names, default="hubert,robust_hubert,wavlm_plus", help="names or paths of checkpoints, with commas; the first shapes the student")
     add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="layerwise average, layerwise concatenation, or a head for each teacher and layer")
     add("--heads", type=_layers, default="4,8,12", help="teachers' layers to predict, counted from 1")
-    add("--student-layers", type=_positive(int), default=2, help="Transformer layers of the student")
+    add("--student-layers", type=count, default=2, help="Transformer layers of the student")
     add("--init", choices=["first", "none"], default="first", help="start from the first teacher's weights, or from random ones")
-    add("--dropout", type=_fraction, default=0.1, help="dropout of the student, 0 to 1")
+    add("--dropout", type=share, default=0.1, help="dropout of the student, 0 to 1")
     add("--data", default="data/LibriSpeech", help="folder of audio, or a fairseq manifest (.tsv)")
     add("--splits", type=_names, default=",".join(data.LIBRISPEECH_960), help="sub-folders of --data, with commas; . is all of it")
     add("--out", help="folder of the run (default: runs/ and the aggregation, such as runs/avg)", default=argparse.SUPPRESS)
-    add("--steps", type=_positive(int), default=200_000, help="optimizer steps")
-    add("--batch-size", type=_positive(int), default=24, help="utterances a step, over all processes together")
-    add("--accumulate", type=_positive(int), default=1, help="parts that a process cuts its share of a step into, to save memory")
-    add("--lr", type=_positive(float), default=2e-4, help="highest learning rate, of AdamW")
-    add("--warmup", type=_fraction, default=0.07, help="share of the steps that the learning rate rises; then it falls to 0")
-    add("--clip", type=_positive(float), default=5.0, help="norm that gradients are clipped to")
-    add("--cosine-weight", type=_not_negative, default=1.0, help="weight of the cosine loss beside L1")
-    add("--max-seconds", type=_positive(float), default=15.625, help="longest crop of an utterance, in seconds (250,000 samples)")
+    add("--steps", type=count, default=200_000, help="optimizer steps")
+    add("--batch-size", type=count, default=24, help="utterances a step, over all processes together")
+    add("--accumulate", type=count, default=1, help="parts that a process cuts its share of a step into, to save memory")
+    add("--lr", type=positive, default=2e-4, help="highest learning rate, of AdamW")
+    add("--warmup", type=share, default=0.07, help="share of the steps that the learning rate rises; then it falls to 0")
+    add("--clip", type=positive, default=5.0, help="norm that gradients are clipped to")
+    add("--cosine-weight", type=not_negative, default=1.0, help="weight of the cosine loss beside L1")
+    add("--max-seconds", type=positive, default=15.625, help="longest crop of an utterance, in seconds (250,000 samples)")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
-    add("--workers", type=int, default=argparse.SUPPRESS, help="processes that read audio, for each training process (default: up to 4)")
-    add("--seed", type=int, default=0, help="of the student's first weights, the data's order and dropout")
-    add("--log-every", type=_positive(int), default=100, help="steps between lines of metrics")
-    add("--save-every", type=_positive(int), default=1000, help="steps between saves")
+    add("--workers", type=whole, default=argparse.SUPPRESS, help="processes that read audio, for each training process (default: up to 4)")
+    add("--seed", type=whole, default=0, help="of the student's first weights, the data's order and dropout")
+    add("--log-every", type=count, default=100, help="steps between lines of metrics")
+    add("--save-every", type=count, default=1000, help="steps between saves")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars too (needs the package tensorboard)")
     add("--demo", action="store_true", help="synthetic speech and three tiny random teachers: shows the machinery in two minutes")
     # fmt: on
@@ -86,11 +91,9 @@ def parse(arguments=None):
         args.workers = min(4, max(1, _cores() // LOCAL_WORLD_SIZE))
     if args.max_seconds * data.SAMPLE_RATE < data.SHORTEST:
         stop(f"argument --max-seconds: {args.max_seconds} is less than one frame, 0.025")
-    parts = WORLD_SIZE * args.accumulate
-    if args.batch_size % parts:
-        stop(
-            f"--batch-size {args.batch_size} does not divide over {WORLD_SIZE} processes and --accumulate {args.accumulate}"
-        )
+    if args.batch_size % (WORLD_SIZE * args.accumulate):
+        parts = f"{WORLD_SIZE} processes and --accumulate {args.accumulate}"
+        stop(f"--batch-size {args.batch_size} does not divide over {parts}")
     return args
 
 
@@ -111,29 +114,15 @@ def _layers(text):
     return layers
 
 
-def _positive(kind):
+def _number(kind, wanted, accepts):
     def number(text):
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
         return value
 
     number.__name__ = kind.__name__  # argparse names it where the text is no number
     return number
-
-
-def _fraction(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or above, and below 1")
-    return value
-
-
-def _not_negative(text):
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be 0 or above")
-    return value
 
 
 # ---------------------------------------------------------------- set-up
@@ -199,14 +188,13 @@ def open_run(out, settings):
             then = json.load(file)["settings"]
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: not the settings of a run; give --out another folder") from None
-    differ = [key for key in settings if key not in FREE and then.get(key) != settings[key]]
+    differ = [
+        f"--{key.replace('_', '-')} was {_text(then[key])}, is {_text(value)}"
+        for key, value in settings.items()
+        if key not in FREE and key in then and then[key] != value
+    ]
     if differ:
-        what = "; ".join(
-            f"--{key.replace('_', '-')} was {_text(then.get(key))}, is {_text(settings[key])}" for key in differ
-        )
-        raise ValueError(
-            f"{out}: holds a run with other settings ({what}); give --out another folder, or the run's own settings"
-        )
+        raise ValueError(f"{out}: holds a run with other settings: {'; '.join(differ)}; take its own, or another --out")
 
 
 def _text(value):
@@ -269,8 +257,15 @@ def start_files(args, student, done):
     path = os.path.join(args.out, "metrics.jsonl")
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
-            kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= done]
+            kept = [line for line in file if _step_of(line) <= done]
         save_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+
+def _step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):  # a line cut short when the run was killed
+        return float("inf")
 
 
 # ---------------------------------------------------------------- saving, logging, stopping together
@@ -299,19 +294,28 @@ def save_atomically(path, write):
         raise OSError(f"{path}: not written ({error}); what was saved before is whole") from error
 
 
-def log(args, step, metrics, seconds_left, board):
+def log(args, metrics, seconds_left, board):
     """One line for a person, one in metrics.jsonl, and TensorBoard's scalars."""
+    m, width = metrics, len(str(args.steps))
     print(
-        f"step {step:>{len(str(args.steps))}}/{args.steps}  loss {metrics['loss']:.4f}  L1 {metrics['l1']:.4f}"
-        f"  cosine {metrics['cosine']:.4f}  lr {metrics['lr']:.2e}  {metrics['audio_per_second']:.0f} s of audio/s"
-        f"  {_time(seconds_left)} left",
+        f"step {m['step']:>{width}}/{args.steps}  loss {m['loss']:.4f}  L1 {m['l1']:.4f}  cosine {m['cosine']:.4f}"
+        f"  lr {m['lr']:.2e}  {m['audio_per_second']:.3g} s of audio/s  {_time(seconds_left)} left",
         flush=True,
     )
     with open(os.path.join(args.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
     if board:
         for name, value in metrics.items():
-            board.add_scalar(name, value, step)
+            board.add_scalar(name, value, metrics["step"])
+
+
+def warn(left_out):
+    """One line on stderr for each file that is left out, up to twenty; from rank 0 only."""
+    if RANK == 0:
+        for path, reason in list(left_out.items())[:20]:
+            print(f"warning: left out {path}: {reason}", file=sys.stderr)
+        if len(left_out) > 20:
+            print(f"warning: left out {len(left_out) - 20} more files", file=sys.stderr)
 
 
 def _time(seconds):
@@ -328,17 +332,29 @@ def gather(value):
     return values
 
 
-def together(action, *arguments):
+def together(action, *arguments, only_rank_0=False):
     """action(*arguments) on every process; where it raises on any, all stop with that line."""
     result = problem = None
     try:
-        result = action(*arguments)
+        if RANK == 0 or not only_rank_0:
+            result = action(*arguments)
     except (OSError, ValueError) as error:
         problem = str(error)
     problem = next((p for p in gather(problem) if p), None)
     if problem:
         stop(problem)
     return result
+
+
+def stop_not_finite(args, step, saved, loss, paths):
+    """Ends the run on every process, naming the files of those whose own loss is not finite, else all of the batch."""
+    finite = bool(torch.isfinite(loss))
+    shares = gather((finite, paths))
+    files = [path for share_finite, share in shares if not share_finite for path in share]
+    what = "loss" if files else "gradient"
+    files = files or [path for _, share in shares for path in share]
+    kept = f"{args.out} is as saved after step {saved}" if saved else "nothing was saved yet"
+    stop(f"step {step}: the {what} is not finite; files of the batch: {', '.join(files)}; {kept}")
 
 
 def stop(message, code=2):
@@ -364,7 +380,7 @@ def native_bf16(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def peak_memory(device):
@@ -397,12 +413,16 @@ def main(arguments=None):
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
     corpus, batches, teachers, student, run = together(prepare, args, device)
+    done = run["step"] if run else 0
+    if len(set(gather((corpus.fingerprint(), done)))) > 1:
+        stop(
+            f"the processes see different audio in {args.data}, or different saves in {args.out}; all must see the same"
+        )
     precision = args.precision if args.precision != "auto" else "bf16" if native_bf16(device) else "fp32"
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-6)
-    done, left_out = 0, dict(corpus.left_out)
+    left_out = dict(corpus.left_out)
     if run:
-        done = run["step"]
         student.load_state_dict(run["student"])
         optimizer.load_state_dict(run["optimizer"])
         left_out.update(run["left_out"])
@@ -413,20 +433,19 @@ def main(arguments=None):
     model = DistributedDataParallel(student, [LOCAL_RANK] if on_gpu else None) if DISTRIBUTED else student
     targets_of = aggregate.AGGREGATIONS[args.agg]
 
-    together(start_files if RANK == 0 else lambda *_: None, args, student, done)
+    together(start_files, args, student, done, only_rank_0=True)
+    warn(corpus.left_out)
     board = None
     if RANK == 0:
         if args.tensorboard:
             board = torch.utils.tensorboard.SummaryWriter(args.out, purge_step=done + 1)
         weights = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+        on = f"{precision} on {WORLD_SIZE} x {device.type}"
         print(
             f"audio: {len(corpus):,} utterances, {corpus.hours():.2f} hours, {batches.steps_an_epoch:,} steps an epoch"
         )
-        warn(corpus.left_out)
         print(f"teachers: {', '.join(teacher_names(args.teachers))}; heads: {', '.join(student.head_names)}")
-        print(
-            f"student: {args.student_layers} layers, {weights:.2f} million weights; {precision} on {WORLD_SIZE} x {device.type}"
-        )
+        print(f"student: {args.student_layers} layers, {weights:.2f} million weights with its heads; {on}")
         if args.demo:
             print("demo: synthetic speech, random teachers. It shows the machinery, not the quality of the method.")
         if done == args.steps:
@@ -434,7 +453,7 @@ def main(arguments=None):
         else:
             print(f"{args.out}: {f'resuming after step {done}' if done else f'{args.steps:,} steps to go'}", flush=True)
 
-    asked = []  # signals that came: the step in hand is finished first, a second Ctrl-C is not waited for
+    asked = []  # signals that came: the step in hand is finished first, but a second Ctrl-C is not waited for
 
     def on_signal(number, frame):
         if asked and number == signal.SIGINT:
@@ -444,23 +463,22 @@ def main(arguments=None):
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
 
     student.train()
-    saved, pending, interrupted = done, {}, 0
-    sums, parts, samples, since = torch.zeros(2, len(student.heads), device=device), 0, 0, time.monotonic()
+    saved, unreadable = done, {}
+    # Since the last line of metrics: the heads' L1 and cosine summed over parts of steps, steps, samples, and when it was.
+    terms, steps, samples, since = torch.zeros(2, len(student.heads), device=device), 0, 0, time.monotonic()
     for step, batch in enumerate(data.load_batches(batches, done, args.steps, args.workers), start=done + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         # Dropout depends on seed, step and rank alone, so that a resume needs no state of a random generator.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1, np.uint64)[0]))
-        pending.update(batch["left_out"])
         readable = torch.tensor([path not in batch["left_out"] for path in batch["paths"]])
         waveforms = batch["waveforms"].to(device, non_blocking=True)
 
         step_loss = torch.zeros((), device=device)
-        for part, (waves, good) in enumerate(
-            zip(waveforms.chunk(args.accumulate), readable.chunk(args.accumulate)), start=1
-        ):
+        parts = zip(waveforms.chunk(args.accumulate), readable.chunk(args.accumulate))
+        for part, (waves, good) in enumerate(parts, start=1):
             with torch.no_grad(), autocast():
                 targets = targets_of([teacher(waves, layers=args.heads) for teacher in teachers])
-            # Processes add up their gradients once a step, while the last part goes backward.
+            # Processes add up their gradients once a step, while its last part goes backward.
             with contextlib.nullcontext() if part == args.accumulate or not DISTRIBUTED else model.no_sync():
                 with autocast():
                     predictions = model(waves)
@@ -470,80 +488,62 @@ def main(arguments=None):
                 loss = loss * (float(good.float().mean()) / args.accumulate)
                 loss.backward()
             step_loss += loss.detach()
-            sums += torch.stack([l1, cosine])
-            parts += 1
+            terms += torch.stack([l1, cosine])
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        unreadable.update(batch["left_out"])
+        steps += 1
         samples += args.batch_size * waveforms.shape[1]
 
         # All processes go the same way: to the update, or out before it spoils a weight.
-        finite = bool(torch.isfinite(step_loss)), bool(torch.isfinite(norm))
-        state = torch.tensor([not all(finite), max(asked, default=0)], dtype=torch.int64)
+        finite = bool(torch.isfinite(step_loss) & torch.isfinite(norm))
+        state = torch.tensor([not finite, max(asked, default=0)], dtype=torch.int64)
         if DISTRIBUTED:
             dist.all_reduce(state, dist.ReduceOp.MAX)
         if state[0]:
-            suspects = gather(batch["paths"] if not finite[0] else [])
-            suspects = suspects if any(suspects) else gather(batch["paths"])
-            files = ", ".join(path for paths in suspects for path in paths)
-            what = "gradient" if finite[0] and DISTRIBUTED is False else "loss or gradient"
-            stop(
-                f"step {step}: the {what} is not finite; files of the batch: {files}; {args.out} is as saved after step {saved}"
-            )
+            stop_not_finite(args, step, saved, step_loss, batch["paths"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         interrupted = int(state[1])
         last = step == args.steps or interrupted
 
         if step == done + 1 or step % args.log_every == 0 or last:
-            found, pending = functools.reduce(dict.__or__, gather(pending)), {}
-            if RANK == 0:
-                warn({path: reason for path, reason in found.items() if path not in left_out})
+            found, unreadable = functools.reduce(dict.__or__, gather(unreadable)), {}
+            warn({path: reason for path, reason in found.items() if path not in left_out})
             left_out.update(found)
-            unreadable = corpus.unreadable + len(left_out) - len(corpus.left_out)
-            together(data.check_left_out, unreadable, len(corpus) + len(corpus.left_out), args.data)
-            means = sums.cpu() / (parts * WORLD_SIZE)
+            lost = corpus.unreadable + len(left_out) - len(corpus.left_out)
+            together(data.check_left_out, lost, len(corpus) + len(corpus.left_out), args.data)
+            means = terms.cpu() / (steps * args.accumulate * WORLD_SIZE)
             if DISTRIBUTED:
                 dist.all_reduce(means)
+            l1, cosine = means.mean(dim=1).tolist()
             seconds, since = time.monotonic() - since, time.monotonic()
+            metrics = {"step": step, "loss": l1 + args.cosine_weight * cosine, "l1": l1, "cosine": cosine}
+            metrics |= {"lr": learning_rate(step, args), "audio_per_second": samples / data.SAMPLE_RATE / seconds}
+            metrics |= {"gradient_norm": float(norm), "left_out": len(left_out)}
+            for name, (head_l1, head_cosine) in zip(student.head_names, means.t().tolist()):
+                metrics |= {f"l1/{name}": head_l1, f"cosine/{name}": head_cosine}
             if RANK == 0:
-                l1, cosine = means.tolist()
-                metrics = {"step": step, "l1": sum(l1) / len(l1), "cosine": sum(cosine) / len(cosine)}
-                metrics["loss"] = metrics["l1"] + args.cosine_weight * metrics["cosine"]
-                metrics |= {"lr": learning_rate(step, args), "audio_per_second": samples / data.SAMPLE_RATE / seconds}
-                metrics |= {"gradient_norm": float(norm), "left_out": len(left_out)}
-                for name, a, b in zip(student.head_names, l1, cosine):
-                    metrics |= {f"l1/{name}": a, f"cosine/{name}": b}
-                log(args, step, metrics, (args.steps - step) * seconds * args.accumulate / parts, board)
-            sums.zero_()
-            parts = samples = 0
+                log(args, metrics, (args.steps - step) * seconds / steps, board)
+            terms.zero_()
+            steps = samples = 0
 
         if step % args.save_every == 0 or last:
-            save = save_run if RANK == 0 else lambda *_: None
-            together(save, args, step, student, optimizer, corpus, left_out)
+            together(save_run, args, step, student, optimizer, corpus, left_out, only_rank_0=True)
             saved = step
         if interrupted:
-            stop(
-                f"interrupted; step {step} of {args.steps} is saved in {args.out}, the same command resumes",
-                128 + interrupted,
-            )
+            what = f"interrupted; step {step} of {args.steps} is saved in {args.out}, the same command resumes"
+            stop(what, 128 + interrupted)
 
     for number, handler in before.items():
         signal.signal(number, handler)
     if RANK == 0 and done < args.steps:
-        print(
-            f"{args.out}/student.pt: the student after {args.steps} steps; peak memory {peak_memory(device):.1f} GB",
-            flush=True,
-        )
+        print(f"{args.out}/student.pt: the student; peak memory of a process {peak_memory(device):.1f} GB", flush=True)
     if DISTRIBUTED:
         dist.destroy_process_group()
 
 
-def warn(left_out):
-    """One line on stderr for each file, up to twenty."""
-    for path, reason in list(left_out.items())[:20]:
-        print(f"warning: left out {path}: {reason}", file=sys.stderr)
-    if len(left_out) > 20:
-        print(f"warning: left out {len(left_out) - 20} more files", file=sys.stderr)
-
-
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -69,6 +69,14 @@ def golden_waveforms():
     return batch
 
 
+@pytest.mark.parametrize("name", ["hubert_small", "robust_hubert_small", "wavlm_small"])
+def test_trained_teachers_load_and_know_more_than_their_input(name):
+    encoder = load_teacher(shared("teachers") / f"{name}.pt")
+    everything = states(encoder, golden_waveforms()[:1])
+    assert [tuple(state.shape) for state in everything] == [(1, 124, 192)] * 7
+    assert all(state.isfinite().all() and relative_difference(state, everything[0]) > 0.1 for state in everything[1:])
+
+
 @pytest.mark.parametrize("file", GOLDEN)
 def test_every_official_form_gives_the_official_hidden_states(file):
     encoder, official = load_teacher(shared("golden") / file), np.load(shared("golden") / f"{GOLDEN[file]}.npz")
@@ -396,6 +404,24 @@ def test_a_missing_weight_is_named(name, tmp_path):
     torch.save(content, tmp_path / "t")
     with pytest.raises(ValueError, match=name.replace("weight_v", "weight")):
         load_teacher(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layers.0.self_attn.relative_attention_bias.weight",
+        "layers.0.self_attn.grep_a",
+        "layers.2.self_attn.grep_linear.bias",
+    ],
+)
+def test_a_wavlm_without_a_part_of_its_relative_positions_is_refused(name, tmp_path):
+    save_official(random_encoder(relative_buckets=320), tmp_path / "t", "microsoft")
+    content = torch.load(tmp_path / "t", weights_only=True)
+    del content["model"]["encoder." + name]
+    for settings in (content["cfg"], {"encoder_attention_heads": 4}):
+        torch.save({"cfg": settings, "model": content["model"]}, tmp_path / "t")
+        with pytest.raises(ValueError, match="missing encoder." + name):
+            load_teacher(tmp_path / "t")
 
 
 def test_layers_that_the_settings_promise_must_be_there(tmp_path):
