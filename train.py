@@ -361,9 +361,17 @@ def stop(message, code=2):
     """Ends the program with one line on stderr, from rank 0 only."""
     if RANK == 0:
         print(f"train.py: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave()
     sys.exit(code)
+
+
+def leave():
+    """The end of the process group; every process comes here together."""
+    if dist.is_initialized():
+        # After the other collectives a barrier: gloo's threads may still hold their tensors, and a thread that lets
+        # go of one while the interpreter ends aborts the process.
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------- the numbers of the recipe
@@ -407,7 +415,7 @@ def main(arguments=None):
     device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif DISTRIBUTED and os.environ.get("OMP_NUM_THREADS") == "1":
+    elif LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         torch.set_num_threads(max(1, _cores() // LOCAL_WORLD_SIZE))  # 1 is torchrun's default, on any machine
     if DISTRIBUTED:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
@@ -538,8 +546,7 @@ def main(arguments=None):
         signal.signal(number, handler)
     if RANK == 0 and done < args.steps:
         print(f"{args.out}/student.pt: the student; peak memory of a process {peak_memory(device):.1f} GB", flush=True)
-    if DISTRIBUTED:
-        dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

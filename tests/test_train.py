@@ -83,11 +83,15 @@ def test_two_agents_give_the_student_of_one(job, reference):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
     command += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test", "--local_addr=127.0.0.1", str(ROOT / "train.py")]
-    agents = [
-        subprocess.Popen(command + flags(job, "agents"), cwd=job, env=environment(), stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    errors = [agent.communicate(timeout=200)[1] for agent in agents]
+    logs = [open(job / f"agent{number}.log", "w+") for number in range(2)]
+    agents = [subprocess.Popen(command + flags(job, "agents"), cwd=job, env=environment(), stderr=log) for log in logs]
+    try:
+        for agent in agents:
+            agent.wait(timeout=120)
+    finally:
+        for agent in agents:
+            agent.kill()
+    errors = [log.seek(0) or log.read() for log in logs]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert_same_student(load_student(job / "agents" / "student.pt").state_dict(), reference)
 
