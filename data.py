@@ -293,15 +293,15 @@ class Batches(torch.utils.data.Dataset):
         return {"waveforms": waveforms, "paths": paths, "left_out": left_out}
 
 
-def load_batches(batches, first, last, workers=0):
-    """Iterates over the items of steps first..last-1, read ahead by `workers` processes."""
+def load_batches(batches, first, last, workers=0, pin_memory=False):
+    """Iterates over the items of steps first..last-1, read ahead by `workers` processes; pinned for a GPU if asked."""
     return torch.utils.data.DataLoader(
         batches,
         batch_size=None,
         sampler=range(first, last),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_parent,
     )
 

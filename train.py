@@ -154,22 +154,21 @@ def prepare_demo(folder):
 
 def teacher_names(teachers):
     """A short name for each teacher, for heads and metrics: the file's without its ending, numbered where it recurs."""
-    names = []
-    for path in teachers:
-        stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-        recurs = names.count(stem)
-        names.append(f"{stem}{recurs + 1}" if recurs else stem)
-    return names
+    stems = [os.path.splitext(os.path.basename(os.path.normpath(path)))[0] for path in teachers]
+    counts = [stems[:i].count(stem) + 1 for i, stem in enumerate(stems)]
+    return [f"{stem}-{count}" if count > 1 else stem for stem, count in zip(stems, counts)]
 
 
 def check_teachers(teachers, paths, layers):
     """Raises ValueError where a teacher lacks a layer to predict or has frames of its own."""
+
+    def kernels_and_strides(teacher):
+        return [layer[1:] for layer in teacher.config.conv_layers]
+
     for teacher, path in zip(teachers, paths):
         if max(layers) > teacher.config.layers:
             raise ValueError(f"--heads {max(layers)}: {path} has {teacher.config.layers} layers")
-        if [layer[1:] for layer in teacher.config.conv_layers] != [
-            layer[1:] for layer in teachers[0].config.conv_layers
-        ]:
+        if kernels_and_strides(teacher) != kernels_and_strides(teachers[0]):
             raise ValueError(f"{path}: its frames are not those of {paths[0]}; teachers must share one frame rate")
 
 
@@ -177,11 +176,9 @@ def open_run(out, settings):
     """Raises ValueError where the folder holds another run, whose settings it names."""
     path = os.path.join(out, "config.json")
     if not os.path.exists(path):
-        strangers = [
-            name for name in ("last.pt", "student.pt", "metrics.jsonl") if os.path.exists(os.path.join(out, name))
-        ]
-        if strangers:
-            raise ValueError(f"{out}: holds {strangers[0]} but no config.json of a run; give --out another folder")
+        for name in ("last.pt", "student.pt", "metrics.jsonl"):
+            if os.path.exists(os.path.join(out, name)):
+                raise ValueError(f"{out}: holds {name} but no config.json of a run; give --out another folder")
         return
     try:
         with open(path, encoding="utf-8") as file:
@@ -212,9 +209,7 @@ def load_run(out, corpus):
     except Exception:  # a damaged file can raise nearly anything
         raise ValueError(f"{path}: damaged or not a run's; move it away to start again") from None
     if fingerprint != corpus.fingerprint():
-        raise ValueError(
-            f"{out}: the audio is not what it was up to step {step}; restore it, or give --out another folder"
-        )
+        raise ValueError(f"{out}: the audio is not what it was up to step {step}; restore it, or give another --out")
     return run
 
 
@@ -272,11 +267,11 @@ def _step_of(line):
 
 
 def save_run(args, step, student, optimizer, corpus, left_out):
-    """last.pt, everything a resume needs, and student.pt, the student alone."""
+    """student.pt, the student alone, and then last.pt, everything a resume needs: a kill between loses neither."""
+    save_atomically(os.path.join(args.out, "student.pt"), lambda file: save_student(student, file, step=step))
     run = {"step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict()}
     run |= {"corpus": corpus.fingerprint(), "left_out": left_out}
     save_atomically(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file))
-    save_atomically(os.path.join(args.out, "student.pt"), lambda file: save_student(student, file, step=step))
 
 
 def save_atomically(path, write):
@@ -411,7 +406,9 @@ def main(arguments=None):
     args = parse(arguments)
     on_gpu = torch.cuda.is_available()
     if on_gpu and LOCAL_WORLD_SIZE > torch.cuda.device_count():
-        stop(f"{LOCAL_WORLD_SIZE} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        if not args.demo:
+            stop(f"{LOCAL_WORLD_SIZE} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+        on_gpu = False  # the demo runs anywhere
     device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -474,7 +471,8 @@ def main(arguments=None):
     saved, unreadable = done, {}
     # Since the last line of metrics: the heads' L1 and cosine summed over parts of steps, steps, samples, and when it was.
     terms, steps, samples, since = torch.zeros(2, len(student.heads), device=device), 0, 0, time.monotonic()
-    for step, batch in enumerate(data.load_batches(batches, done, args.steps, args.workers), start=done + 1):
+    loader = data.load_batches(batches, done, args.steps, args.workers, pin_memory=on_gpu)
+    for step, batch in enumerate(loader, start=done + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         # Dropout depends on seed, step and rank alone, so that a resume needs no state of a random generator.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1, np.uint64)[0]))

@@ -74,17 +74,19 @@ def write_audio(folder, lengths, rate=16000, seed=0, suffix=".flac"):
 
 
 def environment(**more):
+    """For a program started by a test: this source, one thread, no GPU unless the test gives it one."""
+    more = {"CUDA_VISIBLE_DEVICES": "", **more}
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **more}
 
 
-def run(*arguments, cwd, processes=None, **more):
+def run(*arguments, cwd, processes=None, **variables):
     """A program of ours as a user starts it: python, or torchrun with `processes`. Returns the finished process."""
     start = [sys.executable]
     if processes:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     program, *rest = map(str, arguments)
-    command = [*start, str(ROOT / program), *rest]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300, **more)
+    command, env = [*start, str(ROOT / program), *rest], environment(**variables)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def metrics(out):

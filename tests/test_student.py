@@ -47,6 +47,7 @@ def test_a_student_deeper_than_the_teacher_cannot_start_from_it():
 
 def test_gradients_into_the_convolutions_are_scaled_by_a_tenth():
     student = random_student()[0].eval()
+    assert student.encoder.config.conv_gradient_scale == 0.1
 
     def gradients(scale):
         student.encoder.config.conv_gradient_scale = scale

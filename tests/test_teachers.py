@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import types
 
 import numpy as np
@@ -503,18 +504,21 @@ def server(monkeypatch, tmp_path):
     """Serves one checkpoint on loopback as the address of `hubert`; `server.answer` decides how, `server.asked` counts."""
     save_official(random_encoder(), tmp_path / "t", "fairseq")
     body = (tmp_path / "t").read_bytes()
-    state = types.SimpleNamespace(asked=collections.Counter(), answer="whole", body=body)
+    torch.save(torch.load(tmp_path / "t", weights_only=True), tmp_path / "old", _use_new_zipfile_serialization=False)
+    old = (tmp_path / "old").read_bytes()  # half a file of this kind looks like the start of a whole one
+    state = types.SimpleNamespace(asked=collections.Counter(), answer="whole", body=body, seconds=0)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             state.asked[self.path] += 1
             if state.answer == "missing":
                 return self.send_error(404)
-            content = b"<html>Sign in</html>" if state.answer == "page" else body
+            time.sleep(state.seconds)
+            content = {"page": b"<html>Sign in</html>", "broken old": old}.get(state.answer, body)
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content[: len(content) // 2] if state.answer == "broken" else content)
+            self.wfile.write(content[: len(content) // 2] if "broken" in state.answer else content)
 
         def log_message(self, *_):
             pass
@@ -539,7 +543,7 @@ def test_a_name_is_downloaded_once_with_a_progress_bar(server, capsys):
     assert sum(server.asked.values()) == 1
 
 
-@pytest.mark.parametrize("answer", ["broken", "page", "missing"])
+@pytest.mark.parametrize("answer", ["broken", "broken old", "page", "missing"])
 def test_a_broken_download_leaves_no_file_and_the_next_try_works(server, answer):
     before, server.answer = cached(), answer
     with pytest.raises(OSError, match=server.url) as error:
@@ -551,6 +555,7 @@ def test_a_broken_download_leaves_no_file_and_the_next_try_works(server, answer)
 
 
 def test_processes_of_a_machine_download_once_while_the_others_wait(server):
+    server.seconds = 3  # long enough for all of them to be there
     code = f"import teachers, os; print(os.path.getsize(teachers.download({server.url!r})))"
     started = [
         subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True)

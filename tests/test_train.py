@@ -47,7 +47,9 @@ def distil(job, out, processes=None, **more):
     """The weights of the student of a whole run: in this process where it is alone, which saves a start of Python."""
     out = job / out
     if processes is None:
-        train.main(flags(job, out, **more))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            train.main(flags(job, out, **more))
         return load_student(out / "student.pt").state_dict()
     done = run("train.py", *flags(job, out, **more), cwd=job, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -94,6 +96,14 @@ def test_two_agents_give_the_student_of_one(job, reference):
     errors = [log.seek(0) or log.read() for log in logs]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     assert_same_student(load_student(job / "agents" / "student.pt").state_dict(), reference)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_losses_of_the_cpu(job, reference):
+    done = run("train.py", *flags(job, "gpu"), cwd=job, processes=1, CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 0 and "1 x cuda" in done.stdout, done.stderr
+    for a, b in zip(metrics(job / "gpu"), metrics(job / "one"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
 
 
 def interrupt(job, out, number, after, **more):
@@ -217,7 +227,12 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert all(a < b for a, b in zip(rates[:69], rates[1:70])) and all(a > b for a, b in zip(rates[69:], rates[70:]))
 
 
-def test_the_recipes_defaults_are_the_papers(monkeypatch):
+def test_teachers_of_one_name_are_told_apart():
+    names = train.teacher_names(["hubert", "a/hubert.pt", "wavlm_plus", "b/hubert.pt", "folder/"])
+    assert names == ["hubert", "hubert-2", "wavlm_plus", "hubert-3", "folder"]
+
+
+def test_the_recipes_defaults_are_the_papers():
     args = vars(train.parse([]))
     expected = dict(
         agg="avg", heads=[4, 8, 12], student_layers=2, init="first", dropout=0.1, steps=200_000, batch_size=24
