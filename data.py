@@ -173,15 +173,18 @@ def _read_lengths(root, paths):
         except (soundfile.SoundFileError, OSError, ValueError, TypeError):
             return 0
 
-    lengths, shown = [], 0.0
+    # A line that counts up on a terminal; in a log, a new line now and then.
+    pause, start, end = (0.5, "\r", "") if sys.stderr.isatty() else (20, "", "\n")
+    lengths, shown = [], time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         for samples in pool.map(length, paths):
             lengths.append(samples)
-            if sys.stderr.isatty() and (time.monotonic() - shown > 0.5 or len(lengths) == len(paths)):
+            if time.monotonic() - shown > pause:
                 shown = time.monotonic()
-                end = "\n" if len(lengths) == len(paths) else ""
                 counted = f"{len(lengths):,} of {len(paths):,} files"
-                print(f"\rscanning {root}: {counted}", end=end, file=sys.stderr, flush=True)
+                print(f"{start}scanning {root}: {counted}", end=end, file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"\rscanned {root}: {len(paths):,} files   ", file=sys.stderr)
     return lengths
 
 

@@ -300,8 +300,8 @@ def log(args, metrics, seconds_left, board):
     with open(os.path.join(args.out, "metrics.jsonl"), "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
     if board:
-        for name, value in metrics.items():
-            board.add_scalar(name, value, metrics["step"])
+        for name in metrics.keys() - {"step"}:
+            board.add_scalar(name, metrics[name], metrics["step"])
 
 
 def warn(left_out):
