@@ -70,7 +70,9 @@ def initialise(student, teacher):
     weights = teacher.state_dict()
     conv = encoder.positional_embedding.conv
     with torch.no_grad():
-        conv.weight = weights.pop("positional_embedding.conv.weight")  # the parametrisation splits it again
+        # The parametrisation splits it again, and keeps the storage that it is given: a copy, or training the student
+        # would change the teacher.
+        conv.weight = weights.pop("positional_embedding.conv.weight").to(conv.bias.device, copy=True)
     own = encoder.state_dict()
     encoder.load_state_dict({name: weights.get(name, own[name]) for name in own})
 

@@ -39,6 +39,19 @@ def test_a_student_starts_as_the_teachers_first_layers(relative_buckets):
     assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs)) < 1e-5
 
 
+def test_training_a_student_that_started_from_a_teacher_leaves_the_teacher_as_it_was():
+    teacher = random_encoder()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    student = Student(student_config(teacher.config), HEADS)
+    initialise(student, teacher)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
+    sum(p.square().sum() for p in student.train()(noise(2, 4000))).backward()
+    optimizer.step()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+    own = student.encoder.positional_embedding.conv.weight
+    assert not torch.equal(own, before["positional_embedding.conv.weight"])  # the student did move
+
+
 def test_a_student_deeper_than_the_teacher_cannot_start_from_it():
     teacher = random_encoder(layers=2)
     with pytest.raises(ValueError, match="--init none"):
