@@ -50,6 +50,10 @@ class Corpus:
     def __len__(self):
         return len(self.paths)
 
+    def part(self, places):
+        """The Corpus of some of the utterances, in the order of their places."""
+        return Corpus(self.root, [self.paths[place] for place in places], self.samples[places])
+
     def hours(self):
         return self.samples.sum() / SAMPLE_RATE / 3600
 
@@ -126,15 +130,21 @@ def write_manifest(path, root, paths, samples):
     os.replace(path + ".partial", path)
 
 
-def _audio_files(root, split):
-    """Paths relative to root of the audio under a split; folders behind links too, each once."""
+def files_under(root, folder):
+    """Paths relative to `root` of all files under its sub-folder; folders behind links too, each once."""
     seen = set()
-    for folder, folders, files in os.walk(os.path.join(root, split), followlinks=True):
-        folders[:] = [f for f in folders if not _seen(os.path.join(folder, f), seen)]
-        for name in files:
-            audio = os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-            if audio and "\n" not in folder + name:  # a manifest has one path a line
-                yield os.path.normpath(os.path.join(os.path.relpath(folder, root), name))
+    for place, folders, names in os.walk(os.path.join(root, folder), followlinks=True):
+        folders[:] = [f for f in folders if not _seen(os.path.join(place, f), seen)]
+        for name in names:
+            yield os.path.normpath(os.path.join(os.path.relpath(place, root), name))
+
+
+def _audio_files(root, split):
+    for path in files_under(root, split):
+        name = os.path.basename(path)
+        audio = os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+        if audio and "\n" not in path:  # a manifest has one path a line
+            yield path
 
 
 def _seen(folder, seen):

@@ -9,6 +9,7 @@ Source: DistilHuBERT, arXiv:2110.01900; multiple heads for multiple teachers: ar
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -83,6 +84,21 @@ def save_student(student, file, **about):
     config = dataclasses.asdict(student.encoder.config)
     weights = {name: tensor.detach().cpu() for name, tensor in student.state_dict().items()}
     torch.save({"format": FORMAT, "config": config, "heads": heads, "weights": weights, **about}, file)
+
+
+def save_atomically(path, write):
+    """Calls write(file) on a temporary file beside `path`, and gives it the name only when it is whole on disk."""
+    partial = path + ".partial"
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        raise OSError(f"{path}: not written ({error}); what was saved before is whole") from error
 
 
 def load_student(path, device="cpu"):

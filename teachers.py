@@ -347,6 +347,14 @@ def _normalize(x, lengths=None, eps=1e-5):
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / count + eps)
 
 
+def native_bf16(device):
+    """Whether the device computes in bf16 rather than emulating it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
 # ---------------------------------------------------------------- checkpoints
 
 # Each row: our name, the name in fairseq (s3prl and Microsoft's WavLM too), the name in transformers.

@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import aggregate
 import data
 from losses import distillation_loss
-from student import Student, initialise, save_student, student_config
-from teachers import EncoderConfig, SpeechEncoder, load_teacher, save_official
+from student import Student, initialise, save_atomically, save_student, student_config
+from teachers import EncoderConfig, SpeechEncoder, load_teacher, native_bf16, save_official
 
 # torchrun tells every process who it is; a plain `python train.py` is rank 0 of 1.
 RANK = int(os.environ.get("RANK", 0))
@@ -274,21 +274,6 @@ def save_run(args, step, student, optimizer, corpus, left_out):
     save_atomically(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file))
 
 
-def save_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, and gives it the name only when it is whole on disk."""
-    partial = path + ".partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-        raise OSError(f"{path}: not written ({error}); what was saved before is whole") from error
-
-
 def log(args, metrics, seconds_left, board):
     """One line for a person, one in metrics.jsonl, and TensorBoard's scalars."""
     m, width = metrics, len(str(args.steps))
@@ -376,14 +361,6 @@ def learning_rate(step, args):
     """Of step 1..steps: a linear rise over the first share, then a linear fall that reaches 0 after the last."""
     warmup = max(1, round(args.warmup * args.steps))
     return args.lr * min(step / warmup, (args.steps + 1 - step) / (args.steps + 1 - warmup))
-
-
-def native_bf16(device):
-    """Whether the device computes in bf16 rather than emulating it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def peak_memory(device):
