@@ -6,12 +6,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
+import data
 from teachers import EncoderConfig, SpeechEncoder
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -35,6 +37,23 @@ def cache(tmp_path_factory):
     os.environ["TORCH_HOME"] = str(folder)
     torch.hub.set_dir(str(folder / "hub"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """The synthetic corpus with its transcripts and lexicon."""
+    folder = tmp_path_factory.mktemp("corpus")
+    data.write_demo_corpus(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """What `torchrun ... train.py --demo` leaves: (the folder it ran in, what it printed, seconds it took)."""
+    folder, start = tmp_path_factory.mktemp("demo"), time.monotonic()
+    done = run("train.py", "--demo", cwd=folder, processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout, time.monotonic() - start
 
 
 def shared(path):

@@ -1,0 +1,794 @@
+"""Judging a frozen encoder by a small probe: what the evaluate_*.py share.
+
+Protocol: SUPERB, arXiv:2105.01051, after s3prl's downstream tasks. The upstream never learns:
+
+    waveforms -> upstream    states  (states, batch, frames, dim)
+      -> Probe: softmax-weighted sum of the states, then a task's head -> outputs -> its loss
+
+The upstream is frozen, so its states are computed once and kept where there is room for them.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import soundfile
+import torch
+import torchaudio
+from torch import nn
+
+import data
+from student import load_student, save_atomically
+from teachers import TEACHERS, load_teacher, native_bf16
+
+FORMAT = "ekd-probe-1"
+DEMO_STUDENT = "runs/demo-avg/student.pt"
+FREE = {"out", "cache", "cache_memory", "workers", "log_every"}  # may change when a run is resumed
+
+
+# ---------------------------------------------------------------- settings
+
+
+def parser(description, splits):
+    """The settings that all evaluations have. splits: the default of --splits."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.error = stop
+    add = parser.add_argument
+    count = number(int, "1 or more", lambda n: n >= 1)
+    whole = number(int, "0 or more", lambda n: n >= 0)
+    positive = number(float, "above 0", lambda x: 0 < x < float("inf"))
+    share = number(float, "from 0 to 1", lambda x: 0 <= x <= 1)
+    # fmt: off
+    add("--upstream", help="what is judged: a student.pt, a teacher's name or checkpoint, or fbank (SUPERB's baseline)")
+    add("--data", default="data/LibriSpeech", help="folder of the corpus")
+    add("--splits", type=names, default=splits, help="sub-folders of --data to train, choose the best step, and test on")
+    add("--out", help="folder of the run (default: beside a student.pt, else runs/ and the upstream's name)", default=argparse.SUPPRESS)
+    add("--steps", type=count, default=100_000, help="optimizer steps")
+    add("--batch-size", type=count, default=32, help="utterances a step")
+    add("--lr", type=positive, default=5e-4, help="learning rate, of Adam; SUPERB tunes it from 1e-2 to 1e-5")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast of the upstream; auto is bf16 where the device computes in it")
+    add("--cache", metavar="DIR", default=None, help="keep the upstream's states in files there, for this run and others")
+    add("--cache-memory", type=share, default=0.5, help="without --cache: share of the free memory that states may take; if they need more, they are computed for every batch again")
+    add("--workers", type=whole, default=argparse.SUPPRESS, help="processes that read audio or states (default: up to 4)")
+    add("--seed", type=whole, default=0, help="of the probe's first weights and the data's order")
+    add("--log-every", type=count, default=100, help="steps between lines of progress")
+    add("--eval-every", type=count, default=1000, help="steps between scores on the second split, each one saved")
+    add("--demo", action="store_true", help="synthetic speech and the demo's student: shows the machinery in two minutes")
+    # fmt: on
+    return parser
+
+
+def finish(args, task):
+    """Checks the settings that all evaluations have, and fills in those that depend on others."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        stop("runs as one process; start it with python, not torchrun")
+    if not args.upstream:
+        stop("argument --upstream: missing; give a student.pt, a teacher's name or checkpoint, or fbank")
+    if len(args.splits) != 3:
+        stop(
+            f"argument --splits: {','.join(args.splits)}: three are needed, to train, to choose the best step, to test"
+        )
+    if not hasattr(args, "out"):
+        folder, name = os.path.split(os.path.normpath(args.upstream))
+        args.out = os.path.join(folder if name == "student.pt" else f"runs/{os.path.splitext(name)[0]}", task)
+    if not hasattr(args, "workers"):
+        args.workers = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    return args
+
+
+def names(text):
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("empty")
+    return found
+
+
+def number(kind, wanted, accepts):
+    """An argparse type that names what it wants."""
+
+    def convert(text):
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+def stop(message, code=2):
+    """Ends the program with one line on stderr."""
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def refusing():
+    """Around set-up: what bad input raises ends the program with one line and exit code 2."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        stop(error)
+
+
+def prepare_demo():
+    """The demo's corpus and student, made by train.py where they are not there yet."""
+    if not (os.path.exists(DEMO_STUDENT) and os.path.isdir("data/demo")):
+        print(f"demo: there is no {DEMO_STUDENT} yet; python train.py --demo makes it", flush=True)
+        train = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+        done = subprocess.run([sys.executable, train, "--demo", "--out", os.path.dirname(DEMO_STUDENT)])
+        if done.returncode:
+            sys.exit(done.returncode)
+    print(
+        "demo: synthetic speech, a student of random teachers. It shows the machinery, not the quality of the method."
+    )
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came; the argument is its number."""
+
+
+@contextlib.contextmanager
+def interruptions():
+    """Gives check(), which raises Interrupted once SIGTERM or Ctrl-C has come; a second Ctrl-C is not waited for."""
+    asked = []
+
+    def on_signal(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    def check():
+        if asked:
+            raise Interrupted(asked[0])
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------- the frozen upstream
+
+
+class FilterBanks(nn.Module):
+    """SUPERB's baseline `fbank`: 80 log Mel filter banks with deltas and delta-deltas, a frame each 10 ms.
+
+    Every dimension has zero mean and unit variance over the utterance.
+    Source: s3prl's upstream/baseline/fbank.yaml and extracter.py.
+    """
+
+    def frames(self, samples):
+        """Number of frames that `samples` (int or integer tensor) give: windows of 25 ms that lie wholly inside."""
+        count = (samples - 400) // 160 + 1
+        return count.clamp(min=0) if torch.is_tensor(samples) else max(count, 0)
+
+    def forward(self, waveforms, lengths):
+        """waveforms (batch, samples) at 16 kHz; lengths in samples. Returns [(batch, frames, 240)], 0 past an utterance's end."""
+        features = [self.features(wave[:length]) for wave, length in zip(waveforms, lengths)]
+        return [nn.utils.rnn.pad_sequence(features, batch_first=True)]
+
+    def features(self, waveform):
+        """(samples,) at 16 kHz to (frames, 240)."""
+        x = torchaudio.compliance.kaldi.fbank(waveform[None], num_mel_bins=80, sample_frequency=16000)
+        delta = torchaudio.functional.compute_deltas(x.t())
+        x = torch.cat([x, delta.t(), torchaudio.functional.compute_deltas(delta).t()], dim=1)
+        # A floor that s3prl lacks: there, a band that is silent throughout becomes loud rounding noise.
+        return (x - x.mean(0)) / x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-5)
+
+
+class Upstream:
+    """A frozen encoder in eval mode.
+
+    path: a student.pt, a teacher's name or checkpoint in any form that load_teacher knows, or "fbank".
+    precision: "fp32", "bf16" for autocast, or "auto": bf16 where the device computes in it.
+    states, dim: how many hidden states it has (0..N make N + 1), and their width. digest: changes with any weight.
+    Raises FileNotFoundError, OSError and ValueError with one line.
+    """
+
+    def __init__(self, path, device="cpu", precision="auto"):
+        self.device = torch.device(device)
+        self.precision = precision if precision != "auto" else "bf16" if native_bf16(self.device) else "fp32"
+        self.name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+        self.encoder = _load_encoder(path, self.device)
+        self.frames = self.encoder.frames
+        self.states, self.dim, sizes = 1, 240, "fbank"
+        if path != "fbank":
+            config = self.encoder.config
+            self.states, self.dim, sizes = config.layers + 1, config.dim, str(dataclasses.asdict(config))
+        digest = hashlib.sha256(sizes.encode())
+        for weight in self.encoder.state_dict().values():
+            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+        self.digest = digest.hexdigest()[:16]
+
+    @torch.no_grad()
+    def __call__(self, waveforms, lengths):
+        """Hidden states, (states, batch, frames, dim); an utterance's are those it has alone, and 0 past its end.
+
+        waveforms: (batch, samples) at 16 kHz, on the device; lengths: samples of each, (batch,).
+        In bfloat16, whether they are kept or not, so that a score does not depend on where there was room.
+        """
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            return torch.stack([state.bfloat16() for state in self.encoder(waveforms, lengths)])
+
+
+def _load_encoder(path, device):
+    if path == "fbank":
+        return FilterBanks()
+    if path in TEACHERS or os.path.isdir(path):
+        return load_teacher(path, device)
+    if not os.path.exists(path):
+        known = ", ".join(TEACHERS)
+        raise FileNotFoundError(f"{path}: no such upstream; give a student.pt, a checkpoint, fbank, or a name: {known}")
+    try:
+        return load_student(path, device).encoder.requires_grad_(False)
+    except ValueError:  # no student: a teacher's checkpoint
+        return load_teacher(path, device)
+
+
+class Probe(nn.Module):
+    """All that learns: a weight for each hidden state, and a task's head.
+
+    Source: the featurizer of SUPERB, arXiv:2105.01051, section 3.
+    """
+
+    def __init__(self, states, head):
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(states))
+        self.head = head
+
+    def forward(self, states, frames):
+        """states: (states, batch, frames, dim); frames: (batch,), how many each utterance has. Returns the head's outputs."""
+        return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
+
+
+# ---------------------------------------------------------------- utterances with labels, and their states
+
+
+class Split:
+    """Utterances with labels.
+
+    name: for messages; corpus: a data.Corpus; ids: [str]; labels: [(length,) int64 tensor], in the corpus's order.
+    left_out: {ID: reason} of those that cannot be used.
+    """
+
+    def __init__(self, name, corpus, ids, labels, left_out):
+        self.name, self.corpus, self.ids, self.labels, self.left_out = name, corpus, ids, labels, left_out
+
+    def fingerprint(self):
+        """Changes with any utterance's path, length or label."""
+        text = self.corpus.fingerprint() + str([label.tolist() for label in self.labels])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_transcripts(folder, split):
+    """LibriSpeech's transcripts: (data.Corpus of the utterances, their IDs, their words, {ID: reason} of those left out).
+
+    Every line of a `.trans.txt` is `ID WORD WORD ...`, the audio beside it. Raises FileNotFoundError and ValueError,
+    naming the line, for one without audio.
+    """
+    corpus = data.find_corpus(folder, [split])
+    audio = {os.path.splitext(path)[0]: place for place, path in enumerate(corpus.paths)}
+    unusable = {os.path.splitext(path)[0]: reason for path, reason in corpus.left_out.items()}
+    places, ids, words, left_out, described = [], [], [], {}, set()
+    for file in sorted(path for path in data.files_under(folder, split) if path.endswith(".trans.txt")):
+        for number, line in read_lines(os.path.join(folder, file)):
+            name, *spoken = line.split()
+            stem = os.path.join(os.path.dirname(file), name)
+            if (stem not in audio and stem not in unusable) or stem in described:
+                what = "a second line of" if stem in described else "no audio beside it for"
+                raise ValueError(f"{os.path.join(folder, file)}, line {number}: {what} {name}; mend it, or take it out")
+            described.add(stem)
+            if stem in unusable or not spoken:
+                left_out[name] = unusable.get(stem, "no words")
+            else:
+                places.append(audio[stem])
+                ids.append(name)
+                words.append(spoken)
+    left_out |= {os.path.basename(stem): "no transcript" for stem in (audio.keys() | unusable.keys()) - described}
+    if not places:
+        raise ValueError(f"{os.path.join(folder, split)}: no transcripts; each folder of audio needs its .trans.txt")
+    return corpus.part(places), ids, words, left_out
+
+
+def read_lines(path):
+    """(number from 1, line) of every line that is not empty. Raises FileNotFoundError and ValueError naming the file."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text in UTF-8") from None
+
+
+class States:
+    """The upstream's hidden states of a corpus, batch by batch: computed for each batch until `keep` has kept them."""
+
+    def __init__(self, upstream, corpus):
+        self.upstream, self.corpus = upstream, corpus
+        self.frames = upstream.frames(torch.from_numpy(corpus.samples))
+        self.sizes = self.frames * upstream.states * upstream.dim
+        self.bytes = 2 * int(self.sizes.sum())
+        self.row = self.path = None  # where they are kept: every utterance's (states, frames, dim) one after another
+
+    def batches(self, plan, first=0, last=None, workers=0):
+        """Yields (utterances, their states as Probe takes them, their frames) of steps first..last-1, on the device.
+
+        plan[step]: the step's utterances, indices into the corpus. A file that cannot be read ends the program.
+        """
+        device, last = self.upstream.device, len(plan) if last is None else last
+        workers = workers if self.row is None else 0  # memory is nearer than another process
+        items = _Items(self, plan)
+        for item in data.load_batches(items, first, last, workers, pin_memory=device.type == "cuda"):
+            if "unreadable" in item:
+                stop(item["unreadable"])
+            if "states" in item:
+                states = item["states"].to(device, non_blocking=True)
+            else:
+                states = self.upstream(item["waveforms"].to(device, non_blocking=True), item["lengths"].to(device))
+            yield item["utterances"].tolist(), states.float(), self.frames[item["utterances"]].to(device)
+
+    def keep(self, path, name, batch_size, workers, check):
+        """Runs the upstream over the corpus once and keeps its states: in memory, or in a file where a path is given.
+
+        A file that is there is used; one that an interrupted run has begun is carried on. check: called between batches.
+        Raises OSError where the disk has no room, ValueError where the file is not what it should be.
+        """
+        if path is None:
+            row = torch.empty(self.bytes // 2, dtype=torch.bfloat16)
+            for _ in self._fill(row, 0, name, batch_size, workers):
+                check()
+            self.row = row
+            return
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with data.locked(path + ".lock"):
+            if not os.path.exists(path):
+                self._fill_file(path, name, batch_size, workers, check)
+        if os.path.getsize(path) != self.bytes:
+            raise ValueError(f"{path}: not {self.bytes:,} bytes long; delete it, and it is made anew")
+        self.path = path
+
+    def _fill_file(self, path, name, batch_size, workers, check):
+        partial, count, done = path + ".partial", path + ".done", 0
+        with contextlib.suppress(OSError, ValueError):
+            with open(count, encoding="ascii") as file:
+                done = int(file.read()) if os.path.getsize(partial) == self.bytes else 0
+
+        with open(partial, "r+b" if done else "wb") as file:
+            try:  # all of it now: a disk that turns out full under mapped memory kills the process
+                reserve = getattr(
+                    os, "posix_fallocate", lambda number, _, size: os.truncate(number, size)
+                )  # not on macOS
+                reserve(file.fileno(), 0, self.bytes)
+            except OSError as error:
+                os.remove(partial)
+                room = f"no room for {self.bytes / 1e9:.3g} GB ({error})"
+                raise OSError(f"{path}: {room}; give --cache another folder") from None
+
+            def save():
+                os.fsync(file.fileno())
+                save_atomically(count, lambda count_file: count_file.write(str(done).encode()))
+
+            saved = time.monotonic()
+            row = torch.from_file(partial, shared=True, size=self.bytes // 2, dtype=torch.bfloat16)
+            try:
+                for count_now in self._fill(row, done, name, batch_size, workers):
+                    done = count_now
+                    if time.monotonic() - saved > 30:
+                        save()
+                        saved = time.monotonic()
+                    check()
+            finally:
+                save()
+        os.replace(partial, path)
+        os.remove(count)
+
+    def _fill(self, row, done, name, batch_size, workers):
+        """Writes the states of all utterances but the first `done`, the longest first; yields how many are done."""
+        order, blocks = by_length(self.corpus.samples), row.split(self.sizes.tolist())
+        plan = [order[i : i + batch_size] for i in range(done, len(order), batch_size)]
+        left, spoken, started = int(self.frames[order[done:]].sum()), 0, time.monotonic()
+        shown = started
+        for utterances, states, frames in self.batches(plan, workers=workers):
+            for place, (utterance, length) in enumerate(zip(utterances, frames.tolist())):
+                blocks[utterance].view(len(states), length, -1).copy_(states[:, place, :length])
+            done, spoken = done + len(utterances), spoken + int(frames.sum())
+            now = time.monotonic()
+            if done == len(order) or now - shown > 20:
+                shown, time_left = now, clock((now - started) / spoken * (left - spoken))
+                print(f"states of {name}: {done:,} of {len(order):,} utterances  {time_left} left", flush=True)
+            yield done
+
+
+class _Items(torch.utils.data.Dataset):
+    """What the loader's processes bring for a step: the states where they are kept, else the audio."""
+
+    def __init__(self, states, plan):
+        # Not the upstream: this goes to other processes.
+        self.plan, self.corpus, self.path, self.sizes = plan, states.corpus, states.path, states.sizes.tolist()
+        self.count, self.dim = states.upstream.states, states.upstream.dim
+        self.blocks = states.row.split(self.sizes) if states.row is not None else None
+
+    def __getitem__(self, step):
+        if self.path and self.blocks is None:  # every process maps the file for itself
+            row = torch.from_file(self.path, shared=False, size=sum(self.sizes), dtype=torch.bfloat16)
+            self.blocks = row.split(self.sizes)
+        utterances = [int(utterance) for utterance in self.plan[step]]
+        item = self.states(utterances) if self.blocks is not None else self.audio(utterances)
+        return item | {"utterances": torch.tensor(utterances)}
+
+    def states(self, utterances):
+        """Kept states, (states, batch, frames, dim) in bfloat16."""
+        blocks = [self.blocks[utterance].view(self.count, -1, self.dim) for utterance in utterances]
+        longest = max(block.shape[1] for block in blocks)
+        states = torch.zeros(self.count, len(blocks), longest, self.dim, dtype=torch.bfloat16)
+        for place, block in enumerate(blocks):
+            states[:, place, : block.shape[1]] = block
+        return {"states": states}
+
+    def audio(self, utterances):
+        """Whole waveforms, (batch, samples), and their lengths."""
+        lengths = torch.from_numpy(self.corpus.samples)[utterances]
+        waveforms = torch.zeros(len(utterances), int(lengths.max()))
+        for waveform, length, utterance in zip(waveforms, lengths.tolist(), utterances):
+            path = os.path.join(self.corpus.root, self.corpus.paths[utterance])
+            try:
+                waveform[:length] = data.read_audio(path, 0, length)
+            except (soundfile.SoundFileError, OSError, ValueError) as error:
+                return {"unreadable": f"{path}: {error}; restore it, or take it and its transcript out"}
+        return {"waveforms": waveforms, "lengths": lengths}
+
+
+def by_length(samples):
+    """Indices of the utterances, the longest first."""
+    return np.argsort(-samples, kind="stable")
+
+
+class Shuffled:
+    """Training batches: [step] gives utterances of similar length, each at most once an epoch; of seed and step alone."""
+
+    def __init__(self, corpus, batch_size, seed):
+        self.of_epoch = data.Batches(corpus, batch_size, int(corpus.samples.max()), seed)
+        self.epoch = None
+
+    def __getitem__(self, step):
+        epoch, row = divmod(step, self.of_epoch.steps_an_epoch)
+        if epoch != self.epoch:
+            self.epoch, (self.utterances, _, _) = epoch, self.of_epoch.plan(epoch)
+        return self.utterances[row]
+
+
+def keep_states(args, upstream, splits, training, check):
+    """The States of each split. Those that the run needs more than once, or all with --cache, are kept where there is room.
+
+    training: whether steps are left; without, only the third split is needed.
+    """
+    states = [States(upstream, split.corpus) for split in splits]
+    needed = list(zip(states, splits))[0 if training else 2 : 3 if args.cache else 2]
+    if not needed:
+        return states
+    total, allowed = sum(state.bytes for state, _ in needed), args.cache_memory * free_memory()
+    size = f"states: {upstream.states} of {upstream.dim} dims, {total / 1e9:.3g} GB"
+    share = f"{args.cache_memory:.0%} of the free memory, {allowed / 1e9:.3g} GB"
+    if args.cache:
+        where = f"kept in {args.cache}"
+    elif args.steps * args.batch_size < len(splits[0].ids):
+        where, needed = "computed for every batch: no utterance is trained on twice", []
+    elif total > allowed:
+        where, needed = f"over {share}: computed for every batch again; --cache DIR keeps them on disk", []
+    else:
+        where = f"kept in memory, where they may take {share}"
+    print(f"{size}, {where}", flush=True)
+    for state, split in needed:
+        path = None
+        if args.cache:
+            folder = f"{upstream.name}-{upstream.digest}-{upstream.precision}"
+            file = f"{os.path.basename(split.name)}-{_fingerprint(split.corpus)}.states"
+            path = os.path.join(args.cache, folder, file)
+        state.keep(path, split.name, args.batch_size, args.workers, check)
+    return states
+
+
+def _fingerprint(corpus):
+    """Of the files themselves, their times and sizes too, so that states in a cache are never those of other audio."""
+    digest = hashlib.sha256(corpus.fingerprint().encode())
+    for path in corpus.paths:
+        about = os.stat(os.path.join(corpus.root, path))
+        digest.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def free_memory():
+    """Bytes that the system says it can still give, within a container's limit."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            free = min(free, int(file.read()))
+    return free
+
+
+# ---------------------------------------------------------------- the run
+
+
+def load_run(args, fingerprints):
+    """What last.pt in OUT holds, or None. Raises ValueError where it is another run's, or damaged."""
+    path = os.path.join(args.out, "last.pt")
+    if not os.path.exists(path):
+        return None
+    try:
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        settings, before, known = run["settings"], run["fingerprints"], run["format"] == FORMAT
+    except Exception:  # a damaged file can raise nearly anything
+        known = False
+    if not known:
+        raise ValueError(f"{path}: damaged, or not a probe's; give --out another folder, or move the file away")
+    differ = [
+        f"--{key.replace('_', '-')} was {_text(settings[key])}, is {_text(value)}"
+        for key, value in vars(args).items()
+        if key not in FREE and key in settings and settings[key] != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{args.out}: holds a run with other settings: {'; '.join(differ)}; take its own, or another --out"
+        )
+    changed = [name for name, value in fingerprints.items() if before.get(name) != value]
+    if changed:
+        raise ValueError(f"{args.out}: not the same any more: {', '.join(changed)}; restore it, or give another --out")
+    return run
+
+
+def _text(value):
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def save_run(args, fingerprints, probe, optimizer, progress):
+    run = {"format": FORMAT, "settings": vars(args), "fingerprints": fingerprints, "progress": progress}
+    run |= {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+    with refusing():
+        save_atomically(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file))
+
+
+def predict(probe, split, states, decode, batch_size, workers=0, check=lambda: None):
+    """A prediction for each utterance of a split, in its order; the same for any batch size."""
+    order, predictions = by_length(split.corpus.samples), [None] * len(split.corpus)
+    plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    probe.eval()
+    with torch.no_grad():
+        for utterances, x, frames in states.batches(plan, workers=workers):
+            for utterance, prediction in zip(utterances, decode(probe(x, frames), frames)):
+                predictions[utterance] = prediction
+            check()
+    probe.train()
+    return predictions
+
+
+def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
+    """Trains a probe on the first split, takes its best step on the second, and scores that step on the third.
+
+    make_head(dim): an nn.Module, (batch, frames, dim) and frames (batch,) to outputs.
+    loss(outputs, frames, labels): one number. decode(outputs, frames): a prediction for each utterance.
+    errors(labels, predictions): (errors, out of) for each utterance, whose sums make the score `metric`, lower is better.
+    Returns (the result so far, a dict, and the predictions on the third split), or, where the run was finished before,
+    (its whole result, None). Started again after an interruption, it goes on where it was.
+    """
+    fingerprints = {"upstream": upstream.digest} | {split.name: split.fingerprint() for split in splits}
+    report = os.path.join(args.out, "result.json")
+    with refusing():
+        run = load_run(args, fingerprints)
+        if run and run["progress"]["scored"] == args.steps and os.path.exists(report):
+            print(f"{args.out}: finished, {args.steps:,} steps; give --out another folder for another run")
+            with open(report, encoding="utf-8") as file:
+                return json.load(file), None
+        plan = Shuffled(splits[0].corpus, args.batch_size, args.seed)
+        os.makedirs(args.out, exist_ok=True)
+
+    torch.manual_seed(args.seed)
+    probe = Probe(upstream.states, make_head(upstream.dim)).to(upstream.device)
+    optimizer = torch.optim.Adam(probe.parameters(), lr=args.lr)
+    # scored: the step last scored on the second split; curve: [step, score] of each so far.
+    progress = {"step": 0, "scored": 0, "curve": [], "best": None}
+    progress["seconds"] = {"states": 0.0, "training": 0.0, "scoring": 0.0}
+    if run:
+        probe.load_state_dict(run["probe"])
+        optimizer.load_state_dict(run["optimizer"])
+        progress = run["progress"]
+        print(f"{args.out}: resuming after step {progress['step']:,} of {args.steps:,}", flush=True)
+
+    def scores(split, states, check):
+        with _timed(progress["seconds"], "scoring"):
+            predictions = predict(probe, split, states, decode, args.batch_size, args.workers, check)
+            return predictions, *errors(split.labels, predictions)
+
+    save = functools.partial(save_run, args, fingerprints, probe, optimizer, progress)
+    with interruptions() as check:
+        try:
+            with refusing(), _timed(progress["seconds"], "states"):
+                states = keep_states(args, upstream, splits, progress["scored"] < args.steps, check)
+            loader = states[0].batches(plan, progress["step"], args.steps, args.workers)
+            losses, since = [], time.monotonic()
+            while progress["scored"] < args.steps:
+                step = progress["step"]
+                if step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps):
+                    save()
+                    _, wrong, total = scores(splits[1], states[1], check)
+                    note = _note_score(progress, step, float(wrong.sum() / total.sum()), probe)
+                    print(f"step {step}: {metric} {progress['curve'][-1][1]:.2%} on {splits[1].name}{note}", flush=True)
+                    save()
+                    losses, since = [], time.monotonic()
+                    continue
+
+                check()
+                with _timed(progress["seconds"], "training"):
+                    # A head's dropout depends on seed and step alone, so that a resume needs no generator's state.
+                    seed = np.random.SeedSequence((args.seed, step)).generate_state(1, np.uint64)[0]
+                    torch.manual_seed(int(seed))
+                    utterances, x, frames = next(loader)
+                    labels = [splits[0].labels[utterance] for utterance in utterances]
+                    value = loss(probe(x, frames), frames, labels)
+                    optimizer.zero_grad(set_to_none=True)
+                    value.backward()
+                    norm = nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
+                    if not torch.isfinite(value + norm):
+                        ids = ", ".join(splits[0].ids[utterance] for utterance in utterances)
+                        stop(f"step {step + 1}: the loss is not finite; utterances of the batch: {ids}")
+                    optimizer.step()
+                losses.append(value.item())
+                progress["step"] = step = step + 1
+                if step % args.log_every == 0 or step == args.steps:
+                    each = (time.monotonic() - since) / len(losses)
+                    left = f"{1 / each:.3g} steps/s  {clock(each * (args.steps - step))} left"
+                    place = f"step {step:>{len(str(args.steps))}}/{args.steps}"
+                    print(f"{place}  loss {sum(losses) / len(losses):.4f}  {left}", flush=True)
+                    losses, since = [], time.monotonic()
+
+            probe.load_state_dict(progress["best"]["probe"])
+            predictions, wrong, total = scores(splits[2], states[2], check)
+        except Interrupted as interrupted:
+            # The best probe is loaded only after the last save.
+            if progress["scored"] < progress["step"]:
+                save()
+            where = f"interrupted after step {progress['step']} of {args.steps}"
+            stop(f"{where}; the same command resumes", 128 + interrupted.args[0])
+
+    result = {metric.lower(): float(wrong.sum() / total.sum()), "interval": bootstrap(wrong, total)}
+    result |= {"best_step": progress["best"]["step"], "curve": progress["curve"]}
+    result |= {"layer_weights": probe.weights.detach().softmax(0).tolist(), "counts": {}}
+    for split in splits:
+        seconds = round(float(split.corpus.samples.sum()) / data.SAMPLE_RATE, 2)
+        counts = {"utterances": len(split.ids), "seconds": seconds, "left_out": len(split.left_out)}
+        result["counts"][split.name] = counts
+    result["upstream"] = {"path": args.upstream, "states": upstream.states, "dim": upstream.dim}
+    result["upstream"] |= {"digest": upstream.digest, "precision": upstream.precision, "device": upstream.device.type}
+    result["seconds"] = {what: round(spent, 2) for what, spent in progress["seconds"].items()}
+    result["settings"] = vars(args)
+    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    result["versions"] |= {"torchaudio": torchaudio.__version__, "soundfile": soundfile.__version__}
+    return result, predictions
+
+
+def _note_score(progress, step, score, probe):
+    """Takes a score on the second split down, with the probe where it is the best so far; returns a remark on it."""
+    progress["scored"] = step
+    progress["curve"].append([step, score])
+    if progress["best"] and score >= progress["best"]["score"]:
+        return ""
+    weights = {name: weight.detach().cpu().clone() for name, weight in probe.state_dict().items()}
+    progress["best"] = {"step": step, "score": score, "probe": weights}
+    return ", the best so far"
+
+
+@contextlib.contextmanager
+def _timed(seconds, what):
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        seconds[what] += time.monotonic() - started
+
+
+# ---------------------------------------------------------------- CTC
+
+
+def ctc_loss(log_probabilities, frames, labels):
+    """Mean over the utterances of CTC's loss for each label, blank 0; an utterance with too few frames weighs nothing.
+
+    log_probabilities: (batch, frames, symbols + 1); frames: (batch,); labels: [(length,) int64 tensor], symbols from 1.
+    """
+    lengths = torch.tensor([len(label) for label in labels])
+    targets = torch.cat(labels).to(log_probabilities.device)
+    return nn.functional.ctc_loss(log_probabilities.transpose(0, 1), targets, frames.cpu(), lengths, zero_infinity=True)
+
+
+def ctc_frames(label):
+    """How many frames CTC needs for a label: one a symbol, and a blank between equal neighbours."""
+    return len(label) + int((label[1:] == label[:-1]).sum())
+
+
+def ctc_greedy(log_probabilities, frames):
+    """Each utterance's most probable path, repeats merged and blanks taken out: [[symbol, ...]]."""
+    best = log_probabilities.argmax(-1)
+    paths = [path[:length].unique_consecutive().tolist() for path, length in zip(best, frames)]
+    return [[symbol for symbol in path if symbol != 0] for path in paths]
+
+
+def edits(references, hypotheses):
+    """(edit distances, lengths of the references), each (utterances,): their sums make PER, WER or CER."""
+    distance = torchaudio.functional.edit_distance
+    pairs = zip(references, hypotheses)
+    return np.array([distance(list(r), list(h)) for r, h in pairs], float), np.array(
+        [len(r) for r in references], float
+    )
+
+
+def alignment(reference, hypothesis):
+    """(substitutions, deletions, insertions) of the shortest edit; where several are, of the one with most symbols right."""
+    # row[j]: (errors, substitutions, deletions, insertions) from the reference so far to hypothesis[:j].
+    row = [(j, 0, 0, j) for j in range(len(hypothesis) + 1)]
+    for i, symbol in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], (i, 0, i, 0)
+        for j, other in enumerate(hypothesis, start=1):
+            e, s, d, n = diagonal
+            substituted = (e, s, d, n) if symbol == other else (e + 1, s + 1, d, n)
+            e, s, d, n = row[j]
+            deleted = (e + 1, s, d + 1, n)
+            e, s, d, n = row[j - 1]
+            inserted = (e + 1, s, d, n + 1)
+            diagonal, row[j] = row[j], min(substituted, deleted, inserted)
+    return row[-1][1:]
+
+
+# ---------------------------------------------------------------- the report
+
+
+def bootstrap(errors, totals, resamples=10_000, seed=0):
+    """95% interval of sum(errors) / sum(totals) where the utterances are drawn anew with replacement: [low, high].
+
+    Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR performance evaluation.
+    """
+    rng, count = np.random.default_rng(seed), len(errors)
+    scores = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, count, count)
+        scores.append(errors[drawn].sum() / totals[drawn].sum())
+    return [float(edge) for edge in np.percentile(scores, [2.5, 97.5])]
+
+
+def write_report(args, result, **texts):
+    """OUT/result.json, and a file for each of texts: {ID: symbols}, one utterance a line."""
+    with refusing():
+        for name, lines in texts.items():
+            text = "".join(" ".join([name, *map(str, symbols)]) + "\n" for name, symbols in lines.items())
+            save_atomically(os.path.join(args.out, f"test.{name}"), lambda file, text=text: file.write(text.encode()))
+        text = json.dumps(result, indent=2)
+        save_atomically(os.path.join(args.out, "result.json"), lambda file: file.write(text.encode()))
+
+
+def bars(weights, width=40):
+    """The learned layer weights as lines of text, the longest bar for the largest."""
+    longest = max(weights)
+    return [
+        f"  state {i:>2}  {weight:.3f}  {'#' * round(width * weight / longest)}" for i, weight in enumerate(weights)
+    ]
+
+
+def clock(seconds):
+    """Seconds as 1 d 2:03:04."""
+    days, seconds = divmod(round(seconds), 86400)
+    return f"{f'{days} d ' if days else ''}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -1,0 +1,406 @@
+"""evaluate_pr.py as a user runs it: on the synthetic corpus, on real speech where it lies beside the checkout."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from conftest import ROOT, SMALL, environment, noise, random_encoder, run, shared
+
+import data
+import evaluate_pr
+import probe
+from student import Student, save_student, student_config
+from teachers import save_official
+
+
+@pytest.fixture(scope="module")
+def upstreams(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("upstreams")
+    save_student(Student(student_config(SMALL), [("layer2", 48)]), folder / "student.pt")
+    save_official(random_encoder(0), folder / "hubert.pt", "fairseq")
+    (folder / "other.pt").write_text("<html>Sign in</html>")
+    return folder
+
+
+def flags(corpus, out, **more):
+    settings = dict(upstream="fbank", data=corpus, lexicon=corpus / "lexicon.txt", out=out)
+    settings |= dict(steps=60, batch_size=16, lr=1e-2, workers=0, log_every=20, eval_every=20, seed=1) | more
+    return [str(part) for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def score(corpus, out, **more):
+    """result.json of a run in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        evaluate_pr.main(flags(corpus, out, **more))
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def fbank(corpus, tmp_path_factory):
+    """A finished run on filter banks: (its folder, its result)."""
+    out = tmp_path_factory.mktemp("fbank") / "pr"
+    return out, score(corpus, out, steps=240, eval_every=60)
+
+
+def read(path):
+    """{ID: [phone, ...]} of test.hyp or test.ref."""
+    return {name: phones for name, *phones in map(str.split, path.read_text().splitlines())}
+
+
+# ---------------------------------------------------------------- the score
+
+
+def test_a_probe_learns_to_read_phones_from_filter_banks(fbank):
+    _, result = fbank
+    assert [step for step, _ in result["curve"]] == [60, 120, 180, 240]
+    assert result["per"] < 0.4 and result["curve"][-1][1] < 0.5 * result["curve"][0][1]
+    assert result["best_step"] == min(result["curve"], key=lambda pair: pair[1])[0]
+    low, high = result["interval"]
+    assert low < result["per"] < high
+
+
+def test_a_public_scorer_finds_the_same_per_in_the_files(fbank):
+    jiwer = pytest.importorskip("jiwer")
+    out, result = fbank
+    hypotheses, references = read(out / "test.hyp"), read(out / "test.ref")
+    assert list(hypotheses) == list(references) and len(references) == 16
+    found = jiwer.process_words(
+        [" ".join(phones) for phones in references.values()], [" ".join(phones) for phones in hypotheses.values()]
+    )
+    assert found.wer == pytest.approx(result["per"], abs=1e-12)
+    edits = result["substitutions"] + result["deletions"] + result["insertions"]
+    assert edits == found.substitutions + found.deletions + found.insertions
+    assert result["reference_phones"] == sum(map(len, references.values()))
+    assert result["per"] == edits / result["reference_phones"]
+
+
+def test_the_references_are_the_transcripts_first_pronunciations(fbank):
+    out, result = fbank
+    name, phones = next(iter(read(out / "test.ref").items()))
+    speaker = name.split("-")[0]
+    transcript = (out / f"{result['settings']['data']}/test-clean/{speaker}/1/{speaker}-1.trans.txt").read_text()
+    words = next(line for line in transcript.splitlines() if line.startswith(name)).split()[1:]
+    assert phones == " ".join(data.WORDS[word] for word in words).split()
+
+
+def test_the_result_holds_what_was_run(fbank, corpus):
+    _, result = fbank
+    assert result["task"] == "phoneme recognition" and result["layer_weights"] == [1.0]
+    assert result["upstream"] | {"states": 1, "dim": 240, "path": "fbank"} == result["upstream"]
+    assert result["counts"]["test-clean"]["utterances"] == 16 and result["counts"]["train-clean-100"]["left_out"] == 0
+    assert result["settings"]["lr"] == 1e-2 and result["settings"]["lexicon"] == [str(corpus / "lexicon.txt")]
+    assert {"torch", "torchaudio", "numpy", "python"} <= result["versions"].keys()
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert set(result["phones"]) == set(" ".join(data.WORDS.values()).split())
+
+
+@pytest.mark.parametrize("upstream", ["student.pt", "hubert.pt"])
+def test_hypotheses_do_not_depend_on_the_batch_size(upstreams, corpus, tmp_path, upstream):
+    score(corpus, tmp_path, upstream=upstreams / upstream, steps=40)
+    best = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["best"]["probe"]
+    lexicon = evaluate_pr.read_lexicon([corpus / "lexicon.txt"])
+    phones = {phone: number for number, phone in enumerate(sorted(set(sum(lexicon.values(), []))), start=1)}
+    split, _ = evaluate_pr.read_split(str(corpus), "test-clean", lexicon, phones)
+    network = probe.Upstream(str(upstreams / upstream))
+    model = probe.Probe(network.states, evaluate_pr.PhoneHead(network.dim, len(phones)))
+    model.load_state_dict(best)
+    alone, together = (
+        probe.predict(model, split, probe.States(network, split.corpus), probe.ctc_greedy, size) for size in (1, 16)
+    )
+    assert alone == together and len(set(map(str, alone))) > 3
+    names = sorted(phones)
+    written = [[names[number - 1] for number in hypothesis] for hypothesis in together]
+    assert list(read(tmp_path / "test.hyp").values()) == written
+
+
+def test_the_score_is_the_same_wherever_the_states_are_kept(upstreams, corpus, tmp_path, capsys):
+    results = {}
+    for name, where in {"memory": {}, "nowhere": dict(cache_memory=0), "file": dict(cache=tmp_path / "c")}.items():
+        results[name] = score(corpus, tmp_path / name, upstream=upstreams / "hubert.pt", **where)
+        said = {"memory": "kept in memory", "nowhere": "for every batch again", "file": f"kept in {tmp_path / 'c'}"}
+        assert said[name] in capsys.readouterr().out
+    for result in results.values():
+        assert result["per"] == pytest.approx(results["memory"]["per"], abs=0.02)
+        assert result["layer_weights"] == pytest.approx(results["memory"]["layer_weights"], abs=2e-3)
+    assert len(list((tmp_path / "c").glob("*/*.states"))) == 3
+
+
+def test_training_leaves_the_upstream_as_it_was_and_moves_its_weights(upstreams, corpus, tmp_path, monkeypatch):
+    kept = []
+    upstream = probe.Upstream
+    monkeypatch.setattr(probe, "Upstream", lambda *a: kept.append(upstream(*a)) or kept[-1])
+    before = upstream(str(upstreams / "student.pt"))
+    result = score(corpus, tmp_path, upstream=upstreams / "student.pt", cache_memory=0)
+    for name, weight in kept[0].encoder.state_dict().items():
+        assert torch.equal(weight, before.encoder.state_dict()[name]), name
+    assert len(result["layer_weights"]) == 3 and sum(result["layer_weights"]) == pytest.approx(1)
+    assert max(result["layer_weights"]) - min(result["layer_weights"]) > 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_score_of_the_cpu(upstreams, corpus, tmp_path):
+    settings = dict(upstream=upstreams / "hubert.pt", precision="fp32", steps=200)
+    done = run("evaluate_pr.py", *flags(corpus, tmp_path / "gpu", **settings), cwd=tmp_path, CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 0 and "fp32 on cuda" in done.stdout, done.stderr
+    found = json.loads((tmp_path / "gpu" / "result.json").read_text())
+    assert found["per"] == pytest.approx(score(corpus, tmp_path / "cpu", **settings)["per"], abs=0.05)
+
+
+def test_real_speech_is_read_better_by_a_trained_teacher_than_chance(tmp_path):
+    speech, teacher = shared("speech"), shared("teachers/hubert_small.pt")
+    for split, count in (("train-clean-100", 64), ("dev-clean", 16), ("test-clean", 16)):  # a part, for speed
+        source = speech / "LibriSpeech" / split / "9001" / "1001"
+        if split == "train-clean-100":
+            source = speech / "LibriSpeech" / split / "9003" / "1001"
+        place = tmp_path / "data" / split / source.parent.name / "1001"
+        place.mkdir(parents=True)
+        names = sorted(path.stem for path in source.glob("*.flac"))[:count]
+        for name in names:
+            os.symlink(source / f"{name}.flac", place / f"{name}.flac")
+        lines = next(source.glob("*.trans.txt")).read_text().splitlines()
+        (place / "x.trans.txt").write_text("".join(f"{line}\n" for line in lines if line.split()[0] in names))
+    lexicon = speech / "lexicon.txt"
+    result = score(tmp_path / "data", tmp_path / "out", upstream=teacher, lexicon=lexicon, steps=100, lr=5e-3)
+    assert 0 < result["per"] < 0.95 and len(result["layer_weights"]) == 7
+
+
+# ---------------------------------------------------------------- interruptions
+
+
+def comparable(result):
+    return {key: value for key, value in result.items() if key not in ("seconds", "settings")}
+
+
+@pytest.fixture(scope="module")
+def whole(upstreams, corpus, tmp_path_factory):
+    """An uninterrupted run to compare with: (its folder, the settings beside flags')."""
+    settings = dict(upstream=upstreams / "hubert.pt", steps=120, eval_every=40, log_every=1)
+    out = tmp_path_factory.mktemp("whole") / "pr"
+    assert run("evaluate_pr.py", *flags(corpus, out, **settings), cwd=out.parent).returncode == 0
+    return out, settings
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=["SIGTERM", "Ctrl-C", "kill -9"]
+)
+def test_a_run_that_is_ended_and_started_again_scores_exactly_the_same(corpus, whole, tmp_path, number):
+    out, settings = whole
+    command = [sys.executable, str(ROOT / "evaluate_pr.py"), *flags(corpus, tmp_path / "pr", **settings)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(), **pipes)
+    for line in process.stdout:
+        if line.startswith("step  50/120"):
+            process.send_signal(number)
+            break
+    errors = process.communicate(timeout=120)[1]
+    saved = torch.load(tmp_path / "pr" / "last.pt", weights_only=True)["progress"]
+    if number == signal.SIGKILL:
+        assert process.returncode == -9 and saved["step"] == saved["scored"] == 40
+    else:
+        assert process.returncode == 128 + number and errors.count("\n") == 1, errors
+        assert f"after step {saved['step']} of 120" in errors and 50 <= saved["step"] < 120
+    assert not (tmp_path / "pr" / "result.json").exists()
+
+    resumed = run("evaluate_pr.py", *flags(corpus, tmp_path / "pr", **settings), cwd=tmp_path)
+    assert resumed.returncode == 0 and f"resuming after step {saved['step']}" in resumed.stdout, resumed.stderr
+    expected, found = (json.loads((folder / "result.json").read_text()) for folder in (out, tmp_path / "pr"))
+    assert comparable(found) == comparable(expected)
+    for name in ("test.hyp", "test.ref"):
+        assert (tmp_path / "pr" / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_finished_run_is_left_as_it_is_and_its_result_shown_again(fbank, corpus, capsys):
+    out, result = fbank
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert score(corpus, out, steps=240, eval_every=60) == result
+    said = capsys.readouterr().out
+    assert "finished" in said and f"{result['per']:.2%}" in said and "state  0" in said
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+# ---------------------------------------------------------------- the lexicon and the transcripts
+
+
+def copied(corpus, folder):
+    """A copy of the synthetic corpus that a test may spoil."""
+    shutil.copytree(corpus, folder)
+    return folder
+
+
+def transcript(folder, split):
+    """The first transcript of a split, and its first line's ID and words."""
+    path = sorted((folder / split).glob("*/*/*.trans.txt"))[0]
+    name, *words = path.read_text().splitlines()[0].split()
+    return path, name, words
+
+
+def test_an_utterance_with_an_unknown_word_is_left_out_counted_and_the_word_listed(corpus, tmp_path, capsys):
+    folder = copied(corpus, tmp_path / "corpus")
+    path, name, _ = transcript(folder, "test-clean")
+    path.write_text(path.read_text().replace(f"{name} ", f"{name} XYZZY ", 1))
+    result = score(folder, tmp_path / "out", steps=2)
+    assert result["counts"]["test-clean"] | {"utterances": 15, "left_out": 1} == result["counts"]["test-clean"]
+    assert result["words_not_in_the_lexicon"]["test-clean"] == {"XYZZY": 1}
+    assert name not in read(tmp_path / "out" / "test.ref") and name not in read(tmp_path / "out" / "test.hyp")
+    said = capsys.readouterr().out
+    assert "XYZZY" in said and "1 left out" in said
+
+
+def test_the_first_pronunciation_of_several_lexicons_counts(tmp_path):
+    (tmp_path / "a.txt").write_text(";;; a comment\nREAD  R EH1 D\nREAD\tR IY1 D\n\n")
+    (tmp_path / "b.txt").write_text("READ X\nBOOK B UH1 K\n")
+    for arguments in (["--lexicon", "a.txt,b.txt"], ["--lexicon", "a.txt", "b.txt"]):
+        assert evaluate_pr.parse(["--upstream", "fbank", *arguments]).lexicon == ["a.txt", "b.txt"]
+    lexicon = evaluate_pr.read_lexicon([tmp_path / "a.txt", tmp_path / "b.txt"])
+    assert lexicon == {"READ": ["R", "EH1", "D"], "BOOK": ["B", "UH1", "K"]}
+
+
+def test_utterances_with_fewer_frames_than_phones_are_counted(corpus, upstreams, tmp_path):
+    folder = copied(corpus, tmp_path / "corpus")
+    path, name, _ = transcript(folder, "train-clean-100")
+    soundfile.write(path.parent / f"{name}.flac", noise(1200).numpy(), 16000)  # three frames
+    result = score(folder, tmp_path / "out", upstream=upstreams / "student.pt", steps=20)
+    assert result["counts"]["train-clean-100"]["fewer_frames_than_phones_need"] == 1
+    assert result["counts"]["test-clean"]["fewer_frames_than_phones_need"] == 0
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def refusal(capsys, arguments):
+    """The one line on stderr with which evaluate_pr.py refuses, in this process."""
+    with pytest.raises(SystemExit) as end:
+        evaluate_pr.main(arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1, line
+    return line
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(data="nowhere"), ["nowhere", "--data"]),
+        (dict(splits="train-clean-100,dev-clean,test-other"), ["test-other", "--splits"]),
+        (dict(splits="train-clean-100,dev-clean"), ["--splits", "three"]),
+        (dict(lexicon="nowhere.txt"), ["nowhere.txt", "--lexicon", "openslr"]),
+        (dict(lexicon="{tmp}/bad.txt"), ["bad.txt, line 3", "SHE"]),
+        (dict(lexicon="{tmp}/empty.txt"), ["empty.txt", "empty"]),
+        (dict(lexicon="{tmp}/binary.txt"), ["binary.txt", "UTF-8"]),
+        (dict(lexicon="{tmp}/foreign.txt"), ["no transcript is in the lexicon"]),
+        (dict(upstream="nowhere.pt"), ["nowhere.pt", "no such upstream", "wavlm_plus"]),
+        (dict(upstream="{upstreams}/other.pt"), ["other.pt", "web page"]),
+        (dict(batch_size=500), ["--batch-size 500", "132 utterances"]),
+        (dict(steps=0), ["--steps", "1 or more"]),
+        (dict(lr="fast"), ["--lr", "fast"]),
+        (dict(cache_memory=2), ["--cache-memory", "from 0 to 1"]),
+        (dict(out="{tmp}/strange"), ["strange", "--out"]),
+    ],
+    ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_in_one_line_before_anything_is_written(
+    corpus, upstreams, capsys, tmp_path, change, words
+):
+    (tmp_path / "bad.txt").write_text("SEE S IY1\n\nSHE\n")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "binary.txt").write_bytes(b"SEE \xff\xfe\n")
+    (tmp_path / "foreign.txt").write_text("HUND HH UH1 N D\n")
+    (tmp_path / "strange").mkdir()
+    (tmp_path / "strange" / "last.pt").write_text("mine")
+    change = {key: str(value).format(tmp=tmp_path, upstreams=upstreams) for key, value in change.items()}
+    line = refusal(capsys, flags(corpus, **{"out": tmp_path / "out", **change}))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists() and os.listdir(tmp_path / "strange") == ["last.pt"]
+
+
+def test_a_transcript_without_audio_is_refused_by_file_and_line(corpus, capsys, tmp_path):
+    folder = copied(corpus, tmp_path / "corpus")
+    path, name, _ = transcript(folder, "dev-clean")
+    os.remove(path.parent / f"{name}.flac")
+    line = refusal(capsys, flags(folder, tmp_path / "out"))
+    assert f"{path}, line 1" in line and name in line
+
+
+def test_audio_that_cannot_be_read_in_mid_run_is_named_and_the_run_can_go_on_when_it_is_mended(
+    corpus, capsys, tmp_path
+):
+    folder = copied(corpus, tmp_path / "corpus")
+    path, name, _ = transcript(folder, "train-clean-100")
+    audio = path.parent / f"{name}.flac"
+    whole = audio.read_bytes()
+    audio.write_bytes(whole[: len(whole) // 2])  # the header is whole
+    line = refusal(capsys, flags(folder, tmp_path / "out", steps=10))
+    assert str(audio) in line
+    audio.write_bytes(whole)
+    assert score(folder, tmp_path / "out", steps=10)["counts"]["train-clean-100"]["utterances"] == 132
+
+
+def test_audio_without_a_transcript_is_left_out_and_counted(corpus, tmp_path):
+    folder = copied(corpus, tmp_path / "corpus")
+    path, name, _ = transcript(folder, "test-clean")
+    soundfile.write(path.parent / "extra.flac", np.zeros(8000), 16000)
+    assert score(folder, tmp_path / "out", steps=2)["counts"]["test-clean"]["left_out"] == 1
+
+
+def test_another_runs_folder_and_changed_data_are_refused_and_named(corpus, upstreams, capsys, tmp_path):
+    folder = copied(corpus, tmp_path / "corpus")
+    score(folder, tmp_path / "out", steps=2)
+    line = refusal(capsys, flags(folder, tmp_path / "out", steps=2, lr=2e-3))
+    assert "--lr was 0.01, is 0.002" in line and "--steps" not in line
+    path, name, words = transcript(folder, "dev-clean")
+    path.write_text(
+        path.read_text().replace(f"{name} {words[0]}", f"{name} SHAH" if words[0] != "SHAH" else f"{name} SEE", 1)
+    )
+    line = refusal(capsys, flags(folder, tmp_path / "out", steps=2))
+    assert "dev-clean" in line and "test-clean" not in line
+
+
+# ---------------------------------------------------------------- the demo, and help
+
+
+def test_the_demo_scores_the_demo_student_in_two_minutes(demo):
+    folder, _, seconds = demo
+    done = run("evaluate_pr.py", "--demo", cwd=folder, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((folder / "runs" / "demo-avg" / "pr" / "result.json").read_text())
+    assert sum(result["seconds"].values()) < 60 and result["per"] < 0.95
+    assert "PER" in done.stdout and "state  2" in done.stdout and "not the quality" in done.stdout
+
+
+def test_the_protocols_defaults_are_superbs():
+    args = evaluate_pr.parse(["--upstream", "runs/avg/student.pt"])
+    assert (args.steps, args.batch_size, args.lr) == (100_000, 32, 5e-4)
+    assert args.splits == "train-clean-100,dev-clean,test-clean" or args.splits == [
+        "train-clean-100",
+        "dev-clean",
+        "test-clean",
+    ]
+    assert args.out == "runs/avg/pr" and evaluate_pr.parse(["--upstream", "hubert"]).out == "runs/hubert/pr"
+
+
+def test_help_documents_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        evaluate_pr.parse(["--help"])
+    text = capsys.readouterr().out
+    for flag in (
+        "upstream",
+        "data",
+        "lexicon",
+        "steps",
+        "batch-size",
+        "lr",
+        "out",
+        "seed",
+        "workers",
+        "precision",
+        "cache",
+    ):
+        assert f"--{flag}" in text
+    assert text.count("default: ") >= 12
