@@ -32,6 +32,7 @@ from student import load_student, save_atomically
 from teachers import TEACHERS, load_teacher, native_bf16
 
 FORMAT = "ekd-probe-1"
+AT_ONCE = 160 * 16000  # samples, with padding, that go through the upstream together: its convolutions need the memory
 DEMO_STUDENT = "runs/demo-avg/student.pt"
 FREE = {"out", "cache", "cache_memory", "workers", "log_every"}  # may change when a run is resumed
 
@@ -177,8 +178,10 @@ class FilterBanks(nn.Module):
 
     def forward(self, waveforms, lengths):
         """waveforms (batch, samples) at 16 kHz; lengths in samples. Returns [(batch, frames, 240)], 0 past an utterance's end."""
-        features = [self.features(wave[:length]) for wave, length in zip(waveforms, lengths)]
-        return [nn.utils.rnn.pad_sequence(features, batch_first=True)]
+        states = waveforms.new_zeros(len(waveforms), self.frames(waveforms.shape[1]), 240)
+        for row, waveform, length in zip(states, waveforms, lengths.tolist()):
+            row[: self.frames(length)] = self.features(waveform[:length])
+        return [states]
 
     def features(self, waveform):
         """(samples,) at 16 kHz to (frames, 240)."""
@@ -220,8 +223,11 @@ class Upstream:
         waveforms: (batch, samples) at 16 kHz, on the device; lengths: samples of each, (batch,).
         In bfloat16, whether they are kept or not, so that a score does not depend on where there was room.
         """
+        count, states = max(1, AT_ONCE // waveforms.shape[1]), []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            return torch.stack([state.bfloat16() for state in self.encoder(waveforms, lengths)])
+            for part in zip(waveforms.split(count), lengths.split(count)):
+                states.append(torch.stack([state.bfloat16() for state in self.encoder(*part)]))
+        return torch.cat(states, dim=1)
 
 
 def _load_encoder(path, device):
@@ -723,8 +729,8 @@ def ctc_frames(label):
 
 def ctc_greedy(log_probabilities, frames):
     """Each utterance's most probable path, repeats merged and blanks taken out: [[symbol, ...]]."""
-    best = log_probabilities.argmax(-1)
-    paths = [path[:length].unique_consecutive().tolist() for path, length in zip(best, frames)]
+    best = log_probabilities.argmax(-1).cpu()
+    paths = [path[:length].unique_consecutive().tolist() for path, length in zip(best, frames.tolist())]
     return [[symbol for symbol in path if symbol != 0] for path in paths]
 
 

@@ -94,6 +94,16 @@ def test_an_utterance_in_a_padded_batch_has_the_states_it_has_alone(upstreams, n
         assert not together[:, place, alone.shape[2] :].any()
 
 
+def test_a_batch_too_large_for_one_go_has_the_states_of_one_that_is_not(upstreams, monkeypatch):
+    waveforms, lengths = noise(5, 9000), torch.tensor([9000, 7000, 8000, 500, 600])
+    for name in ("fbank", str(upstreams / "wavlm.pt")):
+        upstream = probe.Upstream(name, precision="fp32")
+        expected = upstream(waveforms, lengths)
+        with monkeypatch.context() as patch:
+            patch.setattr(probe, "AT_ONCE", 2 * 9000)
+            torch.testing.assert_close(upstream(waveforms, lengths), expected, rtol=0.01, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["student.pt", "wavlm.pt"])
 def test_the_upstreams_states_are_those_of_the_network_in_the_file(upstreams, name):
     upstream = probe.Upstream(str(upstreams / name), precision="fp32")
