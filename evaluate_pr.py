@@ -3,6 +3,8 @@
     python evaluate_pr.py --upstream runs/avg/student.pt --data data/LibriSpeech --lexicon data/librispeech-lexicon.txt
     python evaluate_pr.py --demo
 
+Where this is not s3prl: a hypothesis is CTC's usual best path (repeats merged, then blanks taken out; s3prl takes blanks
+out first and so loses doubled phones), and the symbols are those of the lexicon (no <eos>, <unk>, SIL and SPN).
 Running the same command again resumes the run.
 """
 
@@ -24,11 +26,11 @@ def parse(arguments=None):
         "--lexicon",
         type=probe.names,
         nargs="+",
-        default=["data/librispeech-lexicon.txt"],
-        help="files of WORD PHONE PHONE ..., a word's first line counts",
+        default="data/librispeech-lexicon.txt",
+        help="files with lines WORD PHONE PHONE ...; a word's first line counts",
     )
     if parser.parse_known_args(arguments)[0].demo:
-        parser.set_defaults(upstream=probe.DEMO_STUDENT, data="data/demo", lexicon=["data/demo/lexicon.txt"])
+        parser.set_defaults(upstream=probe.DEMO_STUDENT, data="data/demo", lexicon="data/demo/lexicon.txt")
         parser.set_defaults(steps=400, batch_size=16, lr=5e-3, log_every=50, eval_every=100)
     args = probe.finish(parser.parse_args(arguments), "pr")
     args.lexicon = [path for paths in args.lexicon for path in (paths if isinstance(paths, list) else [paths])]
