@@ -634,7 +634,7 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
                 if step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps):
                     save()
                     _, wrong, total = scores(splits[1], states[1], check)
-                    note = _note_score(progress, step, float(wrong.sum() / total.sum()), probe)
+                    note = note_score(progress, step, float(wrong.sum() / total.sum()), probe)
                     print(f"step {step}: {metric} {progress['curve'][-1][1]:.2%} on {splits[1].name}{note}", flush=True)
                     save()
                     losses, since = [], time.monotonic()
@@ -689,7 +689,7 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
     return result, predictions
 
 
-def _note_score(progress, step, score, probe):
+def note_score(progress, step, score, probe):
     """Takes a score on the second split down, with the probe where it is the best so far; returns a remark on it."""
     progress["scored"] = step
     progress["curve"].append([step, score])

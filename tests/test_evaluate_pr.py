@@ -342,11 +342,18 @@ def test_audio_that_cannot_be_read_in_mid_run_is_named_and_the_run_can_go_on_whe
     assert score(folder, tmp_path / "out", steps=10)["counts"]["train-clean-100"]["utterances"] == 132
 
 
-def test_audio_without_a_transcript_is_left_out_and_counted(corpus, tmp_path):
+def test_what_cannot_be_used_is_left_out_and_counted(corpus, tmp_path, capsys):
     folder = copied(corpus, tmp_path / "corpus")
     path, name, _ = transcript(folder, "test-clean")
-    soundfile.write(path.parent / "extra.flac", np.zeros(8000), 16000)
-    assert score(folder, tmp_path / "out", steps=2)["counts"]["test-clean"]["left_out"] == 1
+    soundfile.write(path.parent / "untold.flac", np.zeros(8000), 16000)
+    soundfile.write(path.parent / "short.flac", np.zeros(300), 16000)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([name, *lines[1:], "short SEE"]) + "\n")
+    counts = score(folder, tmp_path / "out", steps=2)["counts"]["test-clean"]
+    assert (counts["utterances"], counts["left_out"]) == (15, 3)
+    said = capsys.readouterr().out
+    assert all(reason in said for reason in ("no words", "no transcript", "300 samples, fewer than 400"))
+    assert name not in read(tmp_path / "out" / "test.ref")
 
 
 def test_another_runs_folder_and_changed_data_are_refused_and_named(corpus, upstreams, capsys, tmp_path):

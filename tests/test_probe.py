@@ -113,9 +113,11 @@ def test_the_upstreams_states_are_those_of_the_network_in_the_file(upstreams, na
     assert not any(weight.requires_grad for weight in upstream.encoder.parameters()) and not upstream.encoder.training
 
 
-def test_a_digest_tells_upstreams_apart(upstreams):
-    digests = [probe.Upstream(str(upstreams / name)).digest for name in ("student.pt", "wavlm.pt", "student.pt")]
-    assert digests[0] == digests[2] != digests[1]
+def test_a_digest_tells_upstreams_apart(upstreams, tmp_path):
+    save_student(Student(student_config(SMALL), [("layer2", 48)]), tmp_path / "other.pt")  # of other weights only
+    paths = [upstreams / "student.pt", upstreams / "wavlm.pt", tmp_path / "other.pt", upstreams / "student.pt"]
+    digests = [probe.Upstream(str(path)).digest for path in paths]
+    assert digests[0] == digests[3] and len(set(digests)) == 3
 
 
 def test_the_probe_sees_the_weighted_sum_of_the_states():
@@ -243,6 +245,16 @@ def test_training_batches_depend_on_seed_and_step_alone_and_hold_every_utterance
     for epoch in range(3):
         assert sorted(sum(steps[3 * epoch : 3 * epoch + 3], [])) == list(range(9))
     assert any(sorted(probe.Shuffled(few, 3, seed=2)[step].tolist()) != steps[step] for step in range(9))
+
+
+def test_the_probe_that_is_kept_is_that_of_the_lowest_score():
+    model, progress = probe.Probe(2, torch.nn.Identity()), {"scored": 0, "curve": [], "best": None}
+    for step, score in ((10, 0.5), (20, 0.3), (30, 0.4), (40, 0.3)):
+        with torch.no_grad():
+            model.weights.fill_(step)
+        probe.note_score(progress, step, score, model)
+    assert progress["best"]["step"] == 20 and progress["best"]["probe"]["weights"].tolist() == [20, 20]
+    assert progress["scored"] == 40 and progress["curve"] == [[10, 0.5], [20, 0.3], [30, 0.4], [40, 0.3]]
 
 
 # ---------------------------------------------------------------- CTC and scores
