@@ -84,7 +84,7 @@ def read_split(folder, name, lexicon, numbers):
         raise ValueError(
             f"{os.path.join(folder, name)}: no transcript is in the lexicon, which lacks {words}; is it the right one?"
         )
-    return probe.Split(name, corpus.part(usable), [ids[place] for place in usable], labels, left_out), unknown
+    return probe.Split(name, corpus, usable, [ids[place] for place in usable], labels, left_out), unknown
 
 
 # ---------------------------------------------------------------- the task
@@ -123,7 +123,7 @@ def main(arguments=None):
         upstream = probe.Upstream(args.upstream, device, args.precision)
     too_short = {}
     for split, words in zip(splits, unknown):
-        frames = upstream.frames(torch.from_numpy(split.corpus.samples))
+        frames = upstream.frames(torch.from_numpy(split.samples))
         too_short[split.name] = sum(probe.ctc_frames(label) > f for label, f in zip(split.labels, frames.tolist()))
         print(describe(split, words, too_short[split.name]))
     print(f"upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
@@ -132,11 +132,12 @@ def main(arguments=None):
         args,
         "PER",
         upstream,
+        {split.corpus: probe.States(upstream, split.corpus) for split in splits},
         splits,
         make_head=lambda dim: PhoneHead(dim, len(phones)),
         loss=probe.ctc_loss,
         decode=probe.ctc_greedy,
-        errors=edits,
+        count=edits,
     )
     if predictions is not None:
         test = splits[2]
@@ -164,7 +165,7 @@ def main(arguments=None):
 
 def describe(split, unknown, too_short):
     """One line on a split: its size, and what of it is not used."""
-    text = f"{split.name}: {len(split.ids):,} utterances, {split.corpus.hours():.2f} hours"
+    text = f"{split.name}: {len(split.ids):,} utterances, {split.samples.sum() / 16000 / 3600:.2f} hours"
     if too_short:
         text += f"; {too_short} with fewer frames than phones need"
     if split.left_out:

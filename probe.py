@@ -40,8 +40,8 @@ FREE = {"out", "cache", "cache_memory", "workers", "log_every"}  # may change wh
 # ---------------------------------------------------------------- settings
 
 
-def parser(description, splits):
-    """The settings that all evaluations have. splits: the default of --splits."""
+def parser(description, splits=None):
+    """The settings that all evaluations have. splits: the default of --splits, or None for a task without them."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.error = stop
     add = parser.add_argument
@@ -52,7 +52,8 @@ def parser(description, splits):
     # fmt: off
     add("--upstream", help="what is judged: a student.pt, a teacher's name or checkpoint, or fbank (SUPERB's baseline)")
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
-    add("--splits", type=names, default=splits, help="sub-folders of --data to train, choose the best step, and test on")
+    if splits:
+        add("--splits", type=names, default=splits, help="sub-folders of --data to train, choose the best step, and test on")
     add("--out", help="folder of the run (default: beside a student.pt, else runs/ and the upstream's name)", default=argparse.SUPPRESS)
     add("--steps", type=count, default=100_000, help="optimizer steps")
     add("--batch-size", type=count, default=32, help="utterances a step")
@@ -75,7 +76,7 @@ def finish(args, task):
         stop("runs as one process; start it with python, not torchrun")
     if not args.upstream:
         stop("argument --upstream: missing; give a student.pt, a teacher's name or checkpoint, or fbank")
-    if len(args.splits) != 3:
+    if len(getattr(args, "splits", "123")) != 3:
         stop(
             f"argument --splits: {','.join(args.splits)}: three are needed, to train, to choose the best step, to test"
         )
@@ -264,23 +265,26 @@ class Probe(nn.Module):
 
 
 class Split:
-    """Utterances with labels.
+    """Labelled utterances of a corpus.
 
-    name: for messages; corpus: a data.Corpus; ids: [str]; labels: [(length,) int64 tensor], in the corpus's order.
-    left_out: {ID: reason} of those that cannot be used.
+    name: for messages. corpus: a data.Corpus; places: which of its utterances, in order; ids: [str], labels: [tensor],
+    for each of those. left_out: {ID: reason} of the utterances that cannot be used.
     """
 
-    def __init__(self, name, corpus, ids, labels, left_out):
-        self.name, self.corpus, self.ids, self.labels, self.left_out = name, corpus, ids, labels, left_out
+    def __init__(self, name, corpus, places, ids, labels, left_out):
+        self.name, self.corpus, self.places = name, corpus, np.asarray(places)
+        self.ids, self.labels, self.left_out = ids, labels, left_out
+        self.number = {int(place): number for number, place in enumerate(places)}
+        self.samples = corpus.samples[self.places]
 
     def fingerprint(self):
         """Changes with any utterance's path, length or label."""
-        text = self.corpus.fingerprint() + str([label.tolist() for label in self.labels])
+        text = self.corpus.part(self.places).fingerprint() + str([label.tolist() for label in self.labels])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read_transcripts(folder, split):
-    """LibriSpeech's transcripts: (data.Corpus of the utterances, their IDs, their words, {ID: reason} of those left out).
+    """LibriSpeech's transcripts: (data.Corpus of the utterances that have words, their IDs, words, {ID: reason} left out).
 
     Every line of a `.trans.txt` is `ID WORD WORD ...`, the audio beside it. Raises FileNotFoundError and ValueError,
     naming the line, for one without audio.
@@ -464,48 +468,50 @@ def by_length(samples):
 
 
 class Shuffled:
-    """Training batches: [step] gives utterances of similar length, each at most once an epoch; of seed and step alone."""
+    """A split's training batches, as places in its corpus: [step] gives utterances of similar length, each at most once an
+    epoch, by seed and step alone."""
 
-    def __init__(self, corpus, batch_size, seed):
-        self.of_epoch = data.Batches(corpus, batch_size, int(corpus.samples.max()), seed)
+    def __init__(self, split, batch_size, seed):
+        self.places = split.places
+        self.of_epoch = data.Batches(split.corpus.part(split.places), batch_size, int(split.samples.max()), seed)
         self.epoch = None
 
     def __getitem__(self, step):
         epoch, row = divmod(step, self.of_epoch.steps_an_epoch)
         if epoch != self.epoch:
             self.epoch, (self.utterances, _, _) = epoch, self.of_epoch.plan(epoch)
-        return self.utterances[row]
+        return self.places[self.utterances[row]]
 
 
-def keep_states(args, upstream, splits, training, check):
-    """The States of each split. Those that the run needs more than once, or all with --cache, are kept where there is room.
+def keep_states(args, upstream, states, splits, training, check):
+    """Keeps the States that the run needs more than once, or all with --cache, where there is room for them.
 
-    training: whether steps are left; without, only the third split is needed.
+    states: {corpus: States}; training: whether steps are left; without, only the third split is needed.
     """
-    states = [States(upstream, split.corpus) for split in splits]
-    needed = list(zip(states, splits))[0 if training else 2 : 3 if args.cache else 2]
+    needed = {}
+    for split in splits[0 if training else 2 : 3 if args.cache else 2]:
+        if states[split.corpus].row is None and states[split.corpus].path is None:
+            needed[split.corpus] = split.name
     if not needed:
-        return states
-    total, allowed = sum(state.bytes for state, _ in needed), args.cache_memory * free_memory()
+        return
+    total, allowed = sum(states[corpus].bytes for corpus in needed), args.cache_memory * free_memory()
     size = f"states: {upstream.states} of {upstream.dim} dims, {total / 1e9:.3g} GB"
     share = f"{args.cache_memory:.0%} of the free memory, {allowed / 1e9:.3g} GB"
     if args.cache:
         where = f"kept in {args.cache}"
     elif args.steps * args.batch_size < len(splits[0].ids):
-        where, needed = "computed for every batch: no utterance is trained on twice", []
+        where, needed = "computed for every batch: no utterance is trained on twice", {}
     elif total > allowed:
-        where, needed = f"over {share}: computed for every batch again; --cache DIR keeps them on disk", []
+        where, needed = f"over {share}: computed for every batch again; --cache DIR keeps them on disk", {}
     else:
         where = f"kept in memory, where they may take {share}"
     print(f"{size}, {where}", flush=True)
-    for state, split in needed:
+    for corpus, name in needed.items():
         path = None
         if args.cache:
             folder = f"{upstream.name}-{upstream.digest}-{upstream.precision}"
-            file = f"{os.path.basename(split.name)}-{_fingerprint(split.corpus)}.states"
-            path = os.path.join(args.cache, folder, file)
-        state.keep(path, split.name, args.batch_size, args.workers, check)
-    return states
+            path = os.path.join(args.cache, folder, f"{os.path.basename(name)}-{_fingerprint(corpus)}.states")
+        states[corpus].keep(path, name, args.batch_size, args.workers, check)
 
 
 def _fingerprint(corpus):
@@ -573,24 +579,25 @@ def save_run(args, fingerprints, probe, optimizer, progress):
 
 def predict(probe, split, states, decode, batch_size, workers=0, check=lambda: None):
     """A prediction for each utterance of a split, in its order; the same for any batch size."""
-    order, predictions = by_length(split.corpus.samples), [None] * len(split.corpus)
+    order, predictions = split.places[by_length(split.samples)], [None] * len(split.ids)
     plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     probe.eval()
     with torch.no_grad():
         for utterances, x, frames in states.batches(plan, workers=workers):
-            for utterance, prediction in zip(utterances, decode(probe(x, frames), frames)):
-                predictions[utterance] = prediction
+            for place, prediction in zip(utterances, decode(probe(x, frames), frames)):
+                predictions[split.number[place]] = prediction
             check()
     probe.train()
     return predictions
 
 
-def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
+def evaluate(args, metric, upstream, states, splits, make_head, loss, decode, count, higher_is_better=False):
     """Trains a probe on the first split, takes its best step on the second, and scores that step on the third.
 
+    states: {corpus: States} of all splits.
     make_head(dim): an nn.Module, (batch, frames, dim) and frames (batch,) to outputs.
     loss(outputs, frames, labels): one number. decode(outputs, frames): a prediction for each utterance.
-    errors(labels, predictions): (errors, out of) for each utterance, whose sums make the score `metric`, lower is better.
+    count(labels, predictions): two (utterances,) arrays, whose sums' quotient is the score named `metric`.
     Returns (the result so far, a dict, and the predictions on the third split), or, where the run was finished before,
     (its whole result, None). Started again after an interruption, it goes on where it was.
     """
@@ -602,7 +609,7 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
             print(f"{args.out}: finished, {args.steps:,} steps; give --out another folder for another run")
             with open(report, encoding="utf-8") as file:
                 return json.load(file), None
-        plan = Shuffled(splits[0].corpus, args.batch_size, args.seed)
+        plan = Shuffled(splits[0], args.batch_size, args.seed)
         os.makedirs(args.out, exist_ok=True)
 
     torch.manual_seed(args.seed)
@@ -617,24 +624,24 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
         progress = run["progress"]
         print(f"{args.out}: resuming after step {progress['step']:,} of {args.steps:,}", flush=True)
 
-    def scores(split, states, check):
+    def scores(split, check):
         with _timed(progress["seconds"], "scoring"):
-            predictions = predict(probe, split, states, decode, args.batch_size, args.workers, check)
-            return predictions, *errors(split.labels, predictions)
+            predictions = predict(probe, split, states[split.corpus], decode, args.batch_size, args.workers, check)
+            return predictions, *count(split.labels, predictions)
 
     save = functools.partial(save_run, args, fingerprints, probe, optimizer, progress)
     with interruptions() as check:
         try:
             with refusing(), _timed(progress["seconds"], "states"):
-                states = keep_states(args, upstream, splits, progress["scored"] < args.steps, check)
-            loader = states[0].batches(plan, progress["step"], args.steps, args.workers)
+                keep_states(args, upstream, states, splits, progress["scored"] < args.steps, check)
+            loader = states[splits[0].corpus].batches(plan, progress["step"], args.steps, args.workers)
             losses, since = [], time.monotonic()
             while progress["scored"] < args.steps:
                 step = progress["step"]
                 if step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps):
                     save()
-                    _, wrong, total = scores(splits[1], states[1], check)
-                    note = note_score(progress, step, float(wrong.sum() / total.sum()), probe)
+                    _, part, total = scores(splits[1], check)
+                    note = note_score(progress, step, float(part.sum() / total.sum()), probe, higher_is_better)
                     print(f"step {step}: {metric} {progress['curve'][-1][1]:.2%} on {splits[1].name}{note}", flush=True)
                     save()
                     losses, since = [], time.monotonic()
@@ -646,13 +653,13 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
                     seed = np.random.SeedSequence((args.seed, step)).generate_state(1, np.uint64)[0]
                     torch.manual_seed(int(seed))
                     utterances, x, frames = next(loader)
-                    labels = [splits[0].labels[utterance] for utterance in utterances]
+                    labels = [splits[0].labels[splits[0].number[place]] for place in utterances]
                     value = loss(probe(x, frames), frames, labels)
                     optimizer.zero_grad(set_to_none=True)
                     value.backward()
                     norm = nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
                     if not torch.isfinite(value + norm):
-                        ids = ", ".join(splits[0].ids[utterance] for utterance in utterances)
+                        ids = ", ".join(splits[0].ids[splits[0].number[place]] for place in utterances)
                         stop(f"step {step + 1}: the loss is not finite; utterances of the batch: {ids}")
                     optimizer.step()
                 losses.append(value.item())
@@ -665,7 +672,7 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
                     losses, since = [], time.monotonic()
 
             probe.load_state_dict(progress["best"]["probe"])
-            predictions, wrong, total = scores(splits[2], states[2], check)
+            predictions, part, total = scores(splits[2], check)
         except Interrupted as interrupted:
             # The best probe is loaded only after the last save.
             if progress["scored"] < progress["step"]:
@@ -673,11 +680,11 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
             where = f"interrupted after step {progress['step']} of {args.steps}"
             stop(f"{where}; the same command resumes", 128 + interrupted.args[0])
 
-    result = {metric.lower(): float(wrong.sum() / total.sum()), "interval": bootstrap(wrong, total)}
+    result = {"metric": metric, metric.lower(): float(part.sum() / total.sum()), "interval": bootstrap(part, total)}
     result |= {"best_step": progress["best"]["step"], "curve": progress["curve"]}
     result |= {"layer_weights": probe.weights.detach().softmax(0).tolist(), "counts": {}}
     for split in splits:
-        seconds = round(float(split.corpus.samples.sum()) / data.SAMPLE_RATE, 2)
+        seconds = round(float(split.samples.sum()) / data.SAMPLE_RATE, 2)
         counts = {"utterances": len(split.ids), "seconds": seconds, "left_out": len(split.left_out)}
         result["counts"][split.name] = counts
     result["upstream"] = {"path": args.upstream, "states": upstream.states, "dim": upstream.dim}
@@ -689,11 +696,12 @@ def evaluate(args, metric, upstream, splits, make_head, loss, decode, errors):
     return result, predictions
 
 
-def note_score(progress, step, score, probe):
+def note_score(progress, step, score, probe, higher_is_better=False):
     """Takes a score on the second split down, with the probe where it is the best so far; returns a remark on it."""
     progress["scored"] = step
     progress["curve"].append([step, score])
-    if progress["best"] and score >= progress["best"]["score"]:
+    best = progress["best"]
+    if best and (score <= best["score"] if higher_is_better else score >= best["score"]):
         return ""
     weights = {name: weight.detach().cpu().clone() for name, weight in probe.state_dict().items()}
     progress["best"] = {"step": step, "score": score, "probe": weights}
@@ -763,16 +771,16 @@ def alignment(reference, hypothesis):
 # ---------------------------------------------------------------- the report
 
 
-def bootstrap(errors, totals, resamples=10_000, seed=0):
-    """95% interval of sum(errors) / sum(totals) where the utterances are drawn anew with replacement: [low, high].
+def bootstrap(parts, totals, resamples=10_000, seed=0):
+    """95% interval of sum(parts) / sum(totals) where the utterances are drawn anew with replacement: [low, high].
 
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR performance evaluation.
     """
-    rng, count = np.random.default_rng(seed), len(errors)
+    rng, count = np.random.default_rng(seed), len(parts)
     scores = []
     for _ in range(resamples):
         drawn = rng.integers(0, count, count)
-        scores.append(errors[drawn].sum() / totals[drawn].sum())
+        scores.append(parts[drawn].sum() / totals[drawn].sum())
     return [float(edge) for edge in np.percentile(scores, [2.5, 97.5])]
 
 

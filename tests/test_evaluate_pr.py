@@ -168,7 +168,7 @@ def test_real_speech_is_read_better_by_a_trained_teacher_than_chance(tmp_path):
         lines = next(source.glob("*.trans.txt")).read_text().splitlines()
         (place / "x.trans.txt").write_text("".join(f"{line}\n" for line in lines if line.split()[0] in names))
     lexicon = speech / "lexicon.txt"
-    result = score(tmp_path / "data", tmp_path / "out", upstream=teacher, lexicon=lexicon, steps=100, lr=5e-3)
+    result = score(tmp_path / "data", tmp_path / "out", upstream=teacher, lexicon=lexicon, steps=60, eval_every=60)
     assert 0 < result["per"] < 0.95 and len(result["layer_weights"]) == 7
 
 

@@ -194,11 +194,14 @@ def test_a_cache_of_the_wrong_length_is_refused_by_name(upstreams, few, tmp_path
 
 
 def keeping(upstream, corpus, capsys, **settings):
-    """keep_states on a corpus as all three splits: (States of each, what it said)."""
-    splits = [types.SimpleNamespace(name=name, corpus=corpus, ids=corpus.paths) for name in ("train", "dev", "test")]
+    """keep_states on three splits of the same files: (States of each, what it said)."""
+    corpora = [corpus.part(range(len(corpus))) for _ in range(3)]
+    places = range(len(corpus))
+    splits = [probe.Split(str(n), c, places, c.paths, [torch.zeros(1)] * len(c), {}) for n, c in enumerate(corpora)]
     args = dict(cache=None, cache_memory=0.5, steps=100, batch_size=4, workers=0) | settings
-    states = probe.keep_states(types.SimpleNamespace(**args), upstream, splits, True, lambda: None)
-    return states, capsys.readouterr().out
+    states = {split.corpus: probe.States(upstream, split.corpus) for split in splits}
+    probe.keep_states(types.SimpleNamespace(**args), upstream, states, splits, True, lambda: None)
+    return list(states.values()), capsys.readouterr().out
 
 
 def test_states_are_kept_in_memory_where_they_fit_and_a_line_says_which(upstreams, few, tmp_path, capsys, monkeypatch):
@@ -239,12 +242,16 @@ def test_a_full_disk_is_said_before_anything_is_computed(upstreams, few, tmp_pat
 
 
 def test_training_batches_depend_on_seed_and_step_alone_and_hold_every_utterance_once_an_epoch(few):
-    plan, later = probe.Shuffled(few, 3, seed=1), probe.Shuffled(few, 3, seed=1)
+    def shuffled(seed, places=range(9)):
+        return probe.Shuffled(probe.Split("few", few, places, list(places), list(places), {}), 3, seed)
+
+    plan, later = shuffled(1), shuffled(1)
     steps = [sorted(plan[step].tolist()) for step in range(9)]
     assert sorted(later[7].tolist()) == steps[7] and sorted(later[1].tolist()) == steps[1]
     for epoch in range(3):
         assert sorted(sum(steps[3 * epoch : 3 * epoch + 3], [])) == list(range(9))
-    assert any(sorted(probe.Shuffled(few, 3, seed=2)[step].tolist()) != steps[step] for step in range(9))
+    assert any(sorted(shuffled(2)[step].tolist()) != steps[step] for step in range(9))
+    assert sorted(sum((shuffled(1, [1, 3, 5, 7, 8, 2])[step].tolist() for step in range(2)), [])) == [1, 2, 3, 5, 7, 8]
 
 
 def test_the_probe_that_is_kept_is_that_of_the_lowest_score():
@@ -254,7 +261,9 @@ def test_the_probe_that_is_kept_is_that_of_the_lowest_score():
             model.weights.fill_(step)
         probe.note_score(progress, step, score, model)
     assert progress["best"]["step"] == 20 and progress["best"]["probe"]["weights"].tolist() == [20, 20]
-    assert progress["scored"] == 40 and progress["curve"] == [[10, 0.5], [20, 0.3], [30, 0.4], [40, 0.3]]
+    probe.note_score(progress, 50, 0.45, model, higher_is_better=True)
+    assert progress["best"]["step"] == 50 and progress["curve"].pop() == [50, 0.45]
+    assert progress["scored"] == 50 and progress["curve"] == [[10, 0.5], [20, 0.3], [30, 0.4], [40, 0.3]]
 
 
 # ---------------------------------------------------------------- CTC and scores
