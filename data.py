@@ -101,7 +101,7 @@ def find_corpus(data, splits=LIBRISPEECH_960):
             paths = sorted({path for split in splits for path in _audio_files(root, split)})
             if not paths:
                 raise ValueError(f"{data}: no audio files in {', '.join(splits)}")
-            write_manifest(manifest, root, paths, _read_lengths(root, paths))
+            write_manifest(manifest, root, paths, read_lengths(root, paths))
             os.utime(manifest, (started, started))  # anything that changed during the scan counts as newer
     return Corpus(*read_manifest(manifest))
 
@@ -173,7 +173,7 @@ def _is_current(manifest, root, splits):
         return False
 
 
-def _read_lengths(root, paths):
+def read_lengths(root, paths):
     """Samples at 16 kHz of each file, from its header; 0 where it cannot be read."""
 
     def length(path):

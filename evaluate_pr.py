@@ -121,11 +121,9 @@ def main(arguments=None):
         numbers = {phone: number for number, phone in enumerate(phones, start=1)}
         splits, unknown = zip(*(read_split(args.data, name, lexicon, numbers) for name in args.splits))
         upstream = probe.Upstream(args.upstream, device, args.precision)
-    too_short = {}
+    too_short = probe.too_short(upstream, splits)
     for split, words in zip(splits, unknown):
-        frames = upstream.frames(torch.from_numpy(split.samples))
-        too_short[split.name] = sum(probe.ctc_frames(label) > f for label, f in zip(split.labels, frames.tolist()))
-        print(describe(split, words, too_short[split.name]))
+        print(probe.describe(split, words, too_short[split.name]))
     print(f"upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
 
     result, predictions = probe.evaluate(
@@ -141,57 +139,17 @@ def main(arguments=None):
     )
     if predictions is not None:
         test = splits[2]
-        counted = [probe.alignment(label.tolist(), hypothesis) for label, hypothesis in zip(test.labels, predictions)]
-        substitutions, deletions, insertions = (sum(column) for column in zip(*counted))
-        result = {
-            "task": "phoneme recognition",
-            **result,
-            "substitutions": substitutions,
-            "deletions": deletions,
-            "insertions": insertions,
-            "reference_phones": sum(len(label) for label in test.labels),
-            "phones": phones,
-            "words_not_in_the_lexicon": {split.name: dict(words) for split, words in zip(splits, unknown)},
-        }
+        references, hypotheses = (
+            [[phones[int(number) - 1] for number in sequence] for sequence in sequences]
+            for sequences in (test.labels, predictions)
+        )
+        result = {"task": "phoneme recognition", **result} | probe.kinds_of_errors(references, hypotheses)
+        result["phones"] = phones
+        result["words_not_in_the_lexicon"] = {split.name: dict(words) for split, words in zip(splits, unknown)}
         for name, count in too_short.items():
-            result["counts"][name]["fewer_frames_than_phones_need"] = count
-
-        def lines(sequences):
-            return {name: [phones[number - 1] for number in sequence] for name, sequence in zip(test.ids, sequences)}
-
-        probe.write_report(args, result, ref=lines(label.tolist() for label in test.labels), hyp=lines(predictions))
-    show(args, result)
-
-
-def describe(split, unknown, too_short):
-    """One line on a split: its size, and what of it is not used."""
-    text = f"{split.name}: {len(split.ids):,} utterances, {split.samples.sum() / 16000 / 3600:.2f} hours"
-    if too_short:
-        text += f"; {too_short} with fewer frames than phones need"
-    if split.left_out:
-        text += f"; {len(split.left_out)} left out"
-        rest = {reason for reason in split.left_out.values() if not reason.startswith("not in the lexicon")}
-        text += f" ({'; '.join(sorted(rest)[:3])})" if rest else ""
-    if unknown:
-        text += f"; {len(unknown)} words not in the lexicon: {' '.join(sorted(unknown)[:20])}{' ...' if len(unknown) > 20 else ''}"
-    return text
-
-
-def show(args, result):
-    """The result as a person reads it."""
-    dev, test = args.splits[1:]
-    low, high = result["interval"]
-    phones, counts = result["reference_phones"], result["counts"][test]
-    print(f"\nPhoneme recognition of {args.upstream} on {test}")
-    print(f"  PER            {result['per']:8.2%}   95% interval {low:.2%} to {high:.2%}")
-    for name in ("substitutions", "deletions", "insertions"):
-        print(f"  {name:14} {result[name] / phones:8.2%}   {result[name]:,}")
-    print(f"  out of         {phones:8,} phones of {counts['utterances']:,} utterances; {counts['left_out']} left out")
-    step, best = next(pair for pair in result["curve"] if pair[0] == result["best_step"])
-    print(f"  best step      {step:8,}   {best:.2%} on {dev}")
-    print("  learned weights of the hidden states:")
-    print("\n".join(probe.bars(result["layer_weights"])))
-    print(f"{args.out}: result.json, test.hyp, test.ref")
+            result["counts"][name]["fewer_frames_than_needed"] = count
+        probe.write_report(args, result, ref=dict(zip(test.ids, references)), hyp=dict(zip(test.ids, hypotheses)))
+    probe.show(args, result, *args.splits[1:], probe.error_rows(result, "phones"))
 
 
 if __name__ == "__main__":

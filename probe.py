@@ -9,7 +9,9 @@ The upstream is frozen, so its states are computed once and kept where there is 
 """
 
 import argparse
+import collections
 import contextlib
+import csv
 import dataclasses
 import functools
 import hashlib
@@ -491,7 +493,7 @@ def keep_states(args, upstream, states, splits, training, check):
     needed = {}
     for split in splits[0 if training else 2 : 3 if args.cache else 2]:
         if states[split.corpus].row is None and states[split.corpus].path is None:
-            needed[split.corpus] = split.name
+            needed.setdefault(split.corpus, split.name)
     if not needed:
         return
     total, allowed = sum(states[corpus].bytes for corpus in needed), args.cache_memory * free_memory()
@@ -680,7 +682,7 @@ def evaluate(args, metric, upstream, states, splits, make_head, loss, decode, co
             where = f"interrupted after step {progress['step']} of {args.steps}"
             stop(f"{where}; the same command resumes", 128 + interrupted.args[0])
 
-    result = {"metric": metric, metric.lower(): float(part.sum() / total.sum()), "interval": bootstrap(part, total)}
+    result = {"metric": metric, metric.lower(): float(part.sum() / total.sum()), "interval": bootstrap((part, total))}
     result |= {"best_step": progress["best"]["step"], "curve": progress["curve"]}
     result |= {"layer_weights": probe.weights.detach().softmax(0).tolist(), "counts": {}}
     for split in splits:
@@ -715,6 +717,87 @@ def _timed(seconds, what):
         yield
     finally:
         seconds[what] += time.monotonic() - started
+
+
+# ---------------------------------------------------------------- one label an utterance
+
+
+class MeanHead(nn.Module):
+    """A projection to 256, the mean over an utterance's frames, and a linear layer to the classes.
+
+    longest: frames of the random crop that training sees of longer utterances, or None.
+    Source: SUPERB's speaker identification and emotion recognition, s3prl's UtteranceLevel with MeanPooling.
+    """
+
+    def __init__(self, dim, classes, longest=None):
+        super().__init__()
+        self.projection = nn.Linear(dim, 256)
+        self.classes = nn.Linear(256, classes)
+        self.longest = longest
+
+    def forward(self, x, frames):
+        """x: (batch, frames, dim); frames: (batch,). Returns logits, (batch, classes)."""
+        start = torch.zeros_like(frames)
+        if self.training and self.longest:
+            room = (frames - self.longest).clamp(min=0)
+            start = (torch.rand(len(frames)).to(frames.device) * (room + 1)).long()
+            frames = frames.clamp(max=self.longest)
+        time = torch.arange(x.shape[1], device=x.device)
+        inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
+        mean = (self.projection(x) * inside[:, :, None]).sum(1) / frames[:, None]
+        return self.classes(mean)
+
+
+def class_loss(logits, frames, labels):
+    """Cross-entropy of (batch, classes) logits for [() int64 tensor] labels."""
+    return nn.functional.cross_entropy(logits, torch.stack(labels).to(logits.device))
+
+
+def class_of(logits, frames):
+    """The most probable class of each utterance."""
+    return logits.argmax(-1).tolist()
+
+
+def right(labels, predictions):
+    """(1 where the class is right, 1), each (utterances,): their sums make the accuracy."""
+    same = np.array([int(label) == prediction for label, prediction in zip(labels, predictions)], float)
+    return same, np.ones(len(same))
+
+
+def read_table(path, columns):
+    """Rows of a .csv, each a dict with its "line", that has all `columns`. Raises FileNotFoundError and ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; give --manifest a .csv with columns {','.join(columns)}")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            rows = [row | {"line": reader.line_num} for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a .csv in UTF-8 ({error})") from None
+    missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    if missing:
+        raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; it needs {','.join(columns)}")
+    for row in rows:
+        if not all(row[column] for column in columns):
+            raise ValueError(f"{path}, line {row['line']}: a field is empty; it needs {','.join(columns)}")
+    if not rows:
+        raise ValueError(f"{path}: no lines below the header")
+    return rows
+
+
+def labelled_corpus(root, paths, where):
+    """A data.Corpus of files that a list names, and the place of each path in it.
+
+    where: of each path, the line that names it. Raises ValueError with that line where there is no such file.
+    """
+    for path, line in zip(paths, where):
+        if not os.path.isfile(os.path.join(root, path)):
+            raise ValueError(f"{line}: no file {os.path.join(root, path)}")
+    twice = [path for path, count in collections.Counter(paths).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where[paths.index(twice[0])]}: {twice[0]} is named twice")
+    corpus = data.Corpus(root, paths, data.read_lengths(root, paths))
+    return corpus, {path: place for place, path in enumerate(corpus.paths)}
 
 
 # ---------------------------------------------------------------- CTC
@@ -768,20 +851,66 @@ def alignment(reference, hypothesis):
     return row[-1][1:]
 
 
+def kinds_of_errors(references, hypotheses):
+    """{"substitutions", "deletions", "insertions"} over a set, and "reference_symbols", what they are out of."""
+    counted = [alignment(reference, hypothesis) for reference, hypothesis in zip(references, hypotheses)]
+    kinds = dict(zip(("substitutions", "deletions", "insertions"), (sum(column) for column in zip(*counted))))
+    return kinds | {"reference_symbols": sum(len(reference) for reference in references)}
+
+
+def too_short(upstream, splits):
+    """{name: how many utterances have fewer frames than CTC needs for their label}."""
+    counts = {}
+    for split in splits:
+        frames = upstream.frames(torch.from_numpy(split.samples)).tolist()
+        counts[split.name] = sum(ctc_frames(label) > length for label, length in zip(split.labels, frames))
+    return counts
+
+
 # ---------------------------------------------------------------- the report
 
 
-def bootstrap(parts, totals, resamples=10_000, seed=0):
-    """95% interval of sum(parts) / sum(totals) where the utterances are drawn anew with replacement: [low, high].
+def bootstrap(*sets, resamples=10_000, seed=0):
+    """95% interval, [low, high], of sum(parts) / sum(totals) where the utterances are drawn anew with replacement.
 
+    sets: (parts, totals), each (utterances,); of several, such as folds, it is the interval of the mean of their scores.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR performance evaluation.
     """
-    rng, count = np.random.default_rng(seed), len(parts)
-    scores = []
-    for _ in range(resamples):
-        drawn = rng.integers(0, count, count)
-        scores.append(parts[drawn].sum() / totals[drawn].sum())
+    rng, scores = np.random.default_rng(seed), np.zeros(resamples)
+    for parts, totals in sets:
+        for resample in range(resamples):
+            drawn = rng.integers(0, len(parts), len(parts))
+            scores[resample] += parts[drawn].sum() / totals[drawn].sum() / len(sets)
     return [float(edge) for edge in np.percentile(scores, [2.5, 97.5])]
+
+
+def describe(split, unknown=(), too_short=0):
+    """One line on a split: its size, and what of it is not used."""
+    parts = [f"{split.name}: {len(split.ids):,} utterances, {split.samples.sum() / data.SAMPLE_RATE / 3600:.2f} hours"]
+    if too_short:
+        parts.append(f"{too_short} with fewer frames than their transcript needs")
+    if split.left_out:
+        parts.append(f"{len(split.left_out)} left out")
+        parts += sorted({reason for reason in split.left_out.values() if not reason.startswith("not in the lexicon")})[
+            :3
+        ]
+    if unknown:
+        parts.append(f"not in the lexicon: {' '.join(sorted(unknown)[:20])}{' ...' if len(unknown) > 20 else ''}")
+    return "; ".join(parts)
+
+
+def show(args, result, dev, test, rows):
+    """Prints the result as a person reads it. dev, test: names of the splits; rows: (name, value, remark) of the task."""
+    metric, (low, high), counts = result["metric"], result["interval"], result["counts"][test]
+    step, best = next(pair for pair in result["curve"] if pair[0] == result["best_step"])
+    of = f"{counts['utterances']:,} utterances, {counts['left_out']} left out"
+    print(f"\n{result['task'].capitalize()} of {args.upstream} on {test} ({of})")
+    rows = [(metric, f"{result[metric.lower()]:.2%}", f"95% interval {low:.2%} to {high:.2%}"), *rows]
+    for name, value, remark in [*rows, ("best step", f"{step:,}", f"{metric} {best:.2%} on {dev}")]:
+        print(f"  {name:13}  {value:>8}  {remark}")
+    print("  learned weights of the hidden states:")
+    print("\n".join(bars(result["layer_weights"])))
+    print(f"{args.out}: result.json, test.hyp, test.ref", flush=True)
 
 
 def write_report(args, result, **texts):
@@ -792,6 +921,13 @@ def write_report(args, result, **texts):
             save_atomically(os.path.join(args.out, f"test.{name}"), lambda file, text=text: file.write(text.encode()))
         text = json.dumps(result, indent=2)
         save_atomically(os.path.join(args.out, "result.json"), lambda file: file.write(text.encode()))
+
+
+def error_rows(result, symbols):
+    """Rows for `show` of the kinds of errors; symbols: what is counted, such as "phones"."""
+    total = result["reference_symbols"]
+    kinds = ("substitutions", "deletions", "insertions")
+    return [(k, f"{result[k] / total:.2%}", f"{result[k]:,}") for k in kinds] + [("out of", f"{total:,}", symbols)]
 
 
 def bars(weights, width=40):
@@ -806,3 +942,53 @@ def clock(seconds):
     """Seconds as 1 d 2:03:04."""
     days, seconds = divmod(round(seconds), 86400)
     return f"{f'{days} d ' if days else ''}{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+# ---------------------------------------------------------------- a table of results
+
+TASKS = {
+    "phoneme recognition": "PR",
+    "speaker identification": "SID",
+    "emotion recognition": "ER",
+    "speech recognition": "ASR",
+}
+
+
+def table(folders):
+    """Lines of a table of the result.json in the folders: upstreams by tasks, laid out as in the paper. Raises as open does."""
+    scores = {}
+    for folder in folders:
+        path = os.path.join(folder, "result.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                result = json.load(file)
+            metric, (low, high) = result["metric"], result["interval"]
+            cell = f"{result[metric.lower()]:.2%} ({low:.2%} to {high:.2%})"
+            upstream, task = result["upstream"]["path"], (TASKS[result["task"]], metric)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{path}: no such result; give folders that an evaluate_*.py wrote") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: not the result of an evaluate_*.py") from None
+        if task in scores.setdefault(upstream, {}):
+            raise ValueError(f"{path}: a second {task[0]} of {upstream}; give one")
+        scores[upstream][task] = cell
+    order = list(TASKS.values())
+    tasks = sorted({task for row in scores.values() for task in row}, key=lambda task: order.index(task[0]))
+    arrows = {"accuracy": "up"}
+    head = ["upstream", *(f"{task} ({metric}, {arrows.get(metric, 'down')})" for task, metric in tasks)]
+    rows = [head] + [[upstream, *(row.get(task, "-") for task in tasks)] for upstream, row in scores.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="A table of results: upstreams by tasks, with 95% intervals.")
+    parser.error = stop
+    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with a result.json, such as runs/*/pr")
+    with refusing():
+        print("\n".join(table(parser.parse_args(arguments).folders)))
+
+
+if __name__ == "__main__":
+    main()

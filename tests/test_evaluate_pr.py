@@ -78,8 +78,8 @@ def test_a_public_scorer_finds_the_same_per_in_the_files(fbank):
     assert found.wer == pytest.approx(result["per"], abs=1e-12)
     edits = result["substitutions"] + result["deletions"] + result["insertions"]
     assert edits == found.substitutions + found.deletions + found.insertions
-    assert result["reference_phones"] == sum(map(len, references.values()))
-    assert result["per"] == edits / result["reference_phones"]
+    assert result["reference_symbols"] == sum(map(len, references.values()))
+    assert result["per"] == edits / result["reference_symbols"]
 
 
 def test_the_references_are_the_transcripts_first_pronunciations(fbank):
@@ -268,8 +268,8 @@ def test_utterances_with_fewer_frames_than_phones_are_counted(corpus, upstreams,
     path, name, _ = transcript(folder, "train-clean-100")
     soundfile.write(path.parent / f"{name}.flac", noise(1200).numpy(), 16000)  # three frames
     result = score(folder, tmp_path / "out", upstream=upstreams / "student.pt", steps=20)
-    assert result["counts"]["train-clean-100"]["fewer_frames_than_phones_need"] == 1
-    assert result["counts"]["test-clean"]["fewer_frames_than_phones_need"] == 0
+    assert result["counts"]["train-clean-100"]["fewer_frames_than_needed"] == 1
+    assert result["counts"]["test-clean"]["fewer_frames_than_needed"] == 0
 
 
 # ---------------------------------------------------------------- bad input

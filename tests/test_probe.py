@@ -311,12 +311,12 @@ def test_edits_of_a_set_are_distances_and_lengths_of_the_references():
 def test_the_bootstrap_interval_is_that_of_the_utterances():
     rng = np.random.default_rng(1)
     errors, totals = rng.binomial(20, 0.3, 400).astype(float), np.full(400, 20.0)
-    low, high = probe.bootstrap(errors, totals)
+    low, high = probe.bootstrap((errors, totals))
     score, deviation = errors.sum() / totals.sum(), (errors / 20).std() / 400**0.5  # normal, for that many
     assert low == pytest.approx(score - 1.96 * deviation, abs=0.0015)
     assert high == pytest.approx(score + 1.96 * deviation, abs=0.0015)
-    assert probe.bootstrap(errors, totals) == [low, high]
-    assert probe.bootstrap(np.array([1.0, 2.0]), np.array([2.0, 4.0])) == [0.5, 0.5]
+    assert probe.bootstrap((errors, totals)) == [low, high]
+    assert probe.bootstrap((np.array([1.0, 2.0]), np.array([2.0, 4.0]))) == [0.5, 0.5]
 
 
 def test_bars_are_as_long_as_the_weights():
