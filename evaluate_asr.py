@@ -27,7 +27,7 @@ def parse(arguments=None):
     parser.add_argument("--hidden", type=size, default=1024, help="units of the projection and of each LSTM")
     if parser.parse_known_args(arguments)[0].demo:
         parser.set_defaults(upstream=probe.DEMO_STUDENT, data="data/demo", hidden=64)
-        parser.set_defaults(steps=150, batch_size=16, lr=5e-3, log_every=50, eval_every=50)
+        parser.set_defaults(steps=300, batch_size=16, lr=5e-3, log_every=50, eval_every=100)
     return probe.finish(parser.parse_args(arguments), "asr")
 
 

@@ -32,7 +32,7 @@ def parse(arguments=None):
     parser.add_argument("--manifest", help="a .csv of path,label,fold instead of IEMOCAP; paths from its folder")
     if parser.parse_known_args(arguments)[0].demo:
         parser.set_defaults(upstream=probe.DEMO_STUDENT, manifest="data/demo/emotion/emotions.csv")
-        parser.set_defaults(steps=100, batch_size=16, lr=5e-3, log_every=50, eval_every=25)
+        parser.set_defaults(steps=600, batch_size=16, lr=1e-2, log_every=300, eval_every=100)
     return probe.finish(parser.parse_args(arguments), "er")
 
 

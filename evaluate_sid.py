@@ -31,7 +31,7 @@ def parse(arguments=None):
     )
     if parser.parse_known_args(arguments)[0].demo:
         parser.set_defaults(upstream=probe.DEMO_STUDENT, manifest="data/demo/speakers.csv")
-        parser.set_defaults(steps=200, batch_size=16, lr=5e-3, log_every=50, eval_every=50)
+        parser.set_defaults(steps=1500, batch_size=16, lr=5e-3, log_every=500, eval_every=250)
     args = probe.finish(parser.parse_args(arguments), "sid")
     if not args.crop >= 0.1:
         probe.stop(f"argument --crop: {args.crop}: must be 0.1 or more")
