@@ -124,7 +124,7 @@ def test_asr_hypotheses_do_not_depend_on_the_batch_size(corpus, upstreams):
         None, "test", 16, 0, lambda: None
     )  # to the head alone: a batch's rounding could tip what it says at random
     alone, together = (probe.predict(model, split, states, probe.ctc_greedy, size) for size in (1, 16))
-    assert alone == together and len(set(map(str, alone))) > 8
+    assert alone == together and len(set(map(str, alone))) > 5
 
 
 def test_a_run_with_dropout_that_is_killed_and_started_again_ends_the_same(asr, tmp_path, monkeypatch):
