@@ -320,6 +320,11 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(
     assert not (tmp_path / "out").exists() and os.listdir(tmp_path / "strange") == ["last.pt"]
 
 
+def test_torchrun_is_refused(corpus, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "python, not torchrun" in refusal(capsys, flags(corpus, tmp_path / "out"))
+
+
 def test_a_transcript_without_audio_is_refused_by_file_and_line(corpus, capsys, tmp_path):
     folder = copied(corpus, tmp_path / "corpus")
     path, name, _ = transcript(folder, "dev-clean")
