@@ -965,7 +965,7 @@ def table(folders):
             metric, (low, high) = result["metric"], result["interval"]
             cell = f"{result[metric.lower()]:.2%} ({low:.2%} to {high:.2%})"
             upstream, task = result["upstream"]["path"], (TASKS[result["task"]], metric)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{path}: no such result; give folders that an evaluate_*.py wrote") from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: not the result of an evaluate_*.py") from None

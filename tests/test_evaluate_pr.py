@@ -124,7 +124,7 @@ def test_hypotheses_do_not_depend_on_the_batch_size(upstreams, corpus, tmp_path,
 def test_the_score_is_the_same_wherever_the_states_are_kept(upstreams, corpus, tmp_path, capsys):
     results = {}
     for name, where in {"memory": {}, "nowhere": dict(cache_memory=0), "file": dict(cache=tmp_path / "c")}.items():
-        results[name] = score(corpus, tmp_path / name, upstream=upstreams / "hubert.pt", **where)
+        results[name] = score(corpus, tmp_path / name, upstream=upstreams / "hubert.pt", steps=20, **where)
         said = {"memory": "kept in memory", "nowhere": "for every batch again", "file": f"kept in {tmp_path / 'c'}"}
         assert said[name] in capsys.readouterr().out
     for result in results.values():
