@@ -144,6 +144,19 @@ def test_a_run_with_dropout_that_is_killed_and_started_again_ends_the_same(asr, 
         assert result[key] == expected[key]
 
 
+def test_the_bilstm_gives_what_torchs_gives_for_a_packed_sequence():
+    x, frames = torch.randn(3, 9, 4), torch.tensor([9, 1, 6])
+    lstm, packed = evaluate_asr.BiLSTM(4, 5), torch.nn.LSTM(4, 5, bidirectional=True, batch_first=True)
+    weights = {name: weight for name, weight in lstm.onward.state_dict().items()}
+    weights |= {f"{name}_reverse": weight for name, weight in lstm.reverse.state_dict().items()}
+    packed.load_state_dict(weights)
+    sequence = torch.nn.utils.rnn.pack_padded_sequence(x, frames, batch_first=True, enforce_sorted=False)
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(packed(sequence)[0], batch_first=True)
+    found = lstm(x, frames)
+    for number, length in enumerate(frames.tolist()):
+        torch.testing.assert_close(found[number, :length], expected[number, :length])
+
+
 def test_specaugment_masks_and_warps_in_training_alone():
     augment, x = evaluate_asr.SpecAugment(), torch.ones(8, 100, 200)
     frames = torch.full((8,), 100)
@@ -394,7 +407,7 @@ def test_the_protocols_defaults_are_superbs():
     assert evaluate_asr.parse(["--upstream", "fbank"]).hidden == 1024
     assert evaluate_sid.parse(["--upstream", "fbank"]).crop == 8.0
     head = evaluate_asr.CharacterHead(8)
-    assert head.lstms[1].hidden_size == 1024 and head.lstms[0].bidirectional and head.dropout.p == 0.2
+    assert [lstm.onward.hidden_size for lstm in head.lstms] == [1024, 1024] and head.dropout.p == 0.2
 
 
 def test_the_demos_voices_are_made(tmp_path, monkeypatch):
