@@ -138,7 +138,7 @@ def test_training_leaves_the_upstream_as_it_was_and_moves_its_weights(upstreams,
     upstream = probe.Upstream
     monkeypatch.setattr(probe, "Upstream", lambda *a: kept.append(upstream(*a)) or kept[-1])
     before = upstream(str(upstreams / "student.pt"))
-    result = score(corpus, tmp_path, upstream=upstreams / "student.pt", cache_memory=0)
+    result = score(corpus, tmp_path, upstream=upstreams / "student.pt", cache_memory=0, steps=20)
     for name, weight in kept[0].encoder.state_dict().items():
         assert torch.equal(weight, before.encoder.state_dict()[name]), name
     assert len(result["layer_weights"]) == 3 and sum(result["layer_weights"]) == pytest.approx(1)
@@ -154,6 +154,7 @@ def test_a_gpu_gives_the_score_of_the_cpu(upstreams, corpus, tmp_path):
     assert found["per"] == pytest.approx(score(corpus, tmp_path / "cpu", **settings)["per"], abs=0.05)
 
 
+@pytest.mark.slow
 def test_real_speech_is_read_better_by_a_trained_teacher_than_chance(tmp_path):
     speech, teacher = shared("speech"), shared("teachers/hubert_small.pt")
     for split, count in (("train-clean-100", 64), ("dev-clean", 16), ("test-clean", 16)):  # a part, for speed

@@ -70,7 +70,7 @@ def reference(job):
 # ---------------------------------------------------------------- one run in many ways
 
 
-@pytest.mark.parametrize("processes, accumulate", [(2, 1), (None, 2), (2, 4)])
+@pytest.mark.parametrize("processes, accumulate", [(2, 1), (None, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_processes_and_accumulation_give_the_student_of_one_process(job, reference, processes, accumulate):
     out = f"p{processes}a{accumulate}"
     assert_same_student(distil(job, out, processes, accumulate=accumulate), reference)
