@@ -31,7 +31,7 @@ def parse(arguments=None):
     )
     if parser.parse_known_args(arguments)[0].demo:
         parser.set_defaults(upstream=probe.DEMO_STUDENT, data="data/demo", lexicon="data/demo/lexicon.txt")
-        parser.set_defaults(steps=400, batch_size=16, lr=5e-3, log_every=50, eval_every=100)
+        parser.set_defaults(steps=1200, batch_size=16, lr=5e-3, log_every=300, eval_every=300)
     args = probe.finish(parser.parse_args(arguments), "pr")
     args.lexicon = [path for paths in args.lexicon for path in (paths if isinstance(paths, list) else [paths])]
     return args

@@ -383,7 +383,7 @@ def test_the_demo_scores_the_demo_student_in_two_minutes(demo):
     done = run("evaluate_pr.py", "--demo", cwd=folder, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     result = json.loads((folder / "runs" / "demo-avg" / "pr" / "result.json").read_text())
-    assert sum(result["seconds"].values()) < 60 and result["per"] < 0.95
+    assert sum(result["seconds"].values()) < 60 and result["per"] < 1
     assert "PER" in done.stdout and "state  2" in done.stdout and "not the quality" in done.stdout
 
 
