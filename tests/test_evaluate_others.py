@@ -176,6 +176,18 @@ def test_specaugment_masks_and_warps_in_training_alone():
     assert torch.equal(augment.warp(ramp[:10], 10), ramp[:10])  # too short to be warped
 
 
+def test_dropout_follows_each_lstm_in_training_alone():
+    torch.manual_seed(0)
+    head, x, frames = evaluate_asr.CharacterHead(8, 64), torch.randn(2, 20, 8), torch.tensor([20, 20])
+    seen = []
+    head.characters.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    head.lstms[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    head.train()(x, frames)
+    assert all(0.15 < (part == 0).float().mean() < 0.25 for part in seen) and len(seen) == 2
+    head.eval()(x, frames)
+    assert all((part != 0).all() for part in seen[2:])
+
+
 def test_transcripts_with_other_characters_are_left_out(tmp_path):
     write_audio(tmp_path / "dev" / "1" / "1", [8000, 9000])
     (tmp_path / "dev" / "1" / "1" / "x.trans.txt").write_text("000 DON'T GO\n001 42 TIMES\n")
@@ -200,19 +212,39 @@ def test_training_sees_a_crop_and_scoring_all():
     for layer in (head.projection, head.classes):
         torch.nn.init.constant_(layer.weight, 1 / len(layer.weight.flatten()))
         torch.nn.init.zeros_(layer.bias)
-    x = torch.arange(20.0)[None, :, None].repeat(64, 1, 1)
-    frames = torch.tensor([20, 4] * 32)
+    x = torch.arange(20.0)[None, :, None].repeat(640, 1, 1)
+    frames = torch.tensor([20, 4] * 320)
     torch.manual_seed(0)
     scale = head.eval()(torch.ones(1, 1, 1), torch.tensor([1])).item()
     seen = head.train()(x, frames)[:, 0] / scale
     assert torch.allclose(seen[1::2], torch.tensor(1.5))  # 0..3: shorter than the crop
     starts = (seen[::2] - 2).round()  # the mean of five frames from `start` on is start + 2
     torch.testing.assert_close(seen[::2], starts + 2)
-    assert starts.min() >= 0 and starts.max() <= 15 and len(starts.unique()) > 5
-    torch.testing.assert_close(head.eval()(x, frames)[::2, 0] / scale, torch.full((32,), 9.5))
+    assert sorted(starts.unique().tolist()) == list(range(16))
+    torch.testing.assert_close(head.eval()(x, frames)[::2, 0] / scale, torch.full((320,), 9.5))
 
 
 # ---------------------------------------------------------------- speaker identification
+
+
+@pytest.mark.parametrize("task", ["sid", "er"])
+def test_the_crop_is_in_seconds_and_the_best_step_the_most_accurate(speakers, emotions, tmp_path, monkeypatch, task):
+    class Asked(Exception):
+        pass
+
+    def evaluate(args, metric, upstream, *_, make_head, higher_is_better, **__):
+        raise Asked(make_head(240).longest, higher_is_better)
+
+    monkeypatch.setattr(probe, "evaluate", evaluate)
+    more = {"manifest": speakers, "crop": 0.5} if task == "sid" else {"manifest": emotions}
+    with pytest.raises(Asked) as asked:
+        PROGRAMS[task].main(flags(tmp_path, upstream="fbank", **more))
+    assert asked.value.args == (48 if task == "sid" else None, True)  # frames of half a second, 10 ms apart
+
+
+def test_a_crop_without_frames_is_refused(tmp_path, capsys, speakers):
+    arguments = flags(tmp_path / "out", manifest=speakers, upstream="fbank", crop=0.05)
+    assert "--crop" in refusal(capsys, "sid", arguments)
 
 
 def test_speakers_are_told_apart_better_than_by_chance(speakers, upstreams, tmp_path):
@@ -222,6 +254,8 @@ def test_speakers_are_told_apart_better_than_by_chance(speakers, upstreams, tmp_
     same = [references[name] == hypotheses[name] for name in references]
     assert result["accuracy"] == sum(same) / len(same) and len(same) == result["counts"]["test"]["utterances"] == 30
     assert all(name.split("/")[1] == speaker for name, (speaker,) in references.items())
+    curve = dict(result["curve"])
+    assert curve[result["best_step"]] == max(curve.values()) > min(curve.values())
 
 
 @pytest.mark.parametrize("task", ["sid", "er"])
@@ -314,9 +348,13 @@ def test_emotion_recognition_holds_out_a_fold_each_time(er):
     for label, row in result["confusion"].items():
         for other, count in row.items():
             assert count == sum(references[n] == [label] and hypotheses[n] == [other] for n in references)
+    folds = []
     for fold, accuracy in result["folds"].items():
         mine = [name for name in references if int(name[:2]) % 3 == int(fold)]
-        assert accuracy == pytest.approx(np.mean([references[name] == hypotheses[name] for name in mine]))
+        same = np.array([references[name] == hypotheses[name] for name in mine], float)
+        assert accuracy == pytest.approx(same.mean())
+        folds.append((same, np.ones(len(same))))
+    assert result["interval"] == pytest.approx(probe.bootstrap(*folds), abs=1e-9)
 
 
 def test_folds_share_no_utterance_and_train_on_eighty_percent_of_the_others(emotions):
@@ -326,6 +364,21 @@ def test_folds_share_no_utterance_and_train_on_eighty_percent_of_the_others(emot
         assert (len(train.ids), len(dev.ids), len(test.ids)) == (19, 5, 12)
         assert len({*train.ids, *dev.ids, *test.ids}) == 36
         assert all((int(name[:2]) % 2 == 0) == bool(label) for name, label in zip(dev.ids, dev.labels))
+
+
+@pytest.mark.parametrize("task", ["sid", "er"])
+def test_an_utterance_without_a_frame_is_left_out_and_counted(tmp_path, task):
+    write_audio(tmp_path, [6000] * 6 + [100])
+    splits, column = ["train", "dev", "test"], "split" if task == "sid" else "fold"
+    lines = [f"{number:03d}.flac,{'ab'[number % 2]},{splits[number // 2 % 3]}\n" for number in range(7)]
+    (tmp_path / "list.csv").write_text(f"path,label,{column}\n{''.join(lines)}")
+    if task == "sid":
+        _, (found, _, _) = evaluate_sid.read_splits(*evaluate_sid.read_manifest(str(tmp_path / "list.csv")))
+    else:
+        _, folds = evaluate_er.read_folds(*evaluate_er.read_manifest(str(tmp_path / "list.csv")), seed=0)
+        found = folds["train"][2]
+    assert found.ids == ["000.flac", "001.flac"]
+    assert found.left_out == {"006.flac": "100 samples, fewer than 400"}
 
 
 def test_the_upstream_runs_once_for_all_folds(er, tmp_path, monkeypatch):
