@@ -1,0 +1,110 @@
+"""bench.py: its step is train.py's, its figures add up, and it runs as a program."""
+
+import argparse
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, run
+
+import aggregate
+import bench
+import data
+import train
+from student import Student, initialise, load_student, student_config
+from teachers import save_official
+
+
+def figures(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("agg", ["avg", "none"])
+def test_the_step_that_is_timed_is_train_pys(tmp_path, monkeypatch, agg):
+    monkeypatch.setattr(bench, "EncoderConfig", lambda **more: dataclasses.replace(SMALL, **more))
+    settings = argparse.Namespace(seconds=[0.9, 0.8, 0.7], heads=[2, 4], agg=agg, workers=0, precision="fp32")
+    (tmp_path / "audio").mkdir()
+    corpus = bench.write_utterances(tmp_path / "audio", settings.seconds)
+    ours = bench.Ours(settings, torch.device("cpu"), data.Batches(corpus, 3, 16000))
+    for number, (teacher, form) in enumerate(zip(ours.teachers, ["fairseq", "fairseq", "microsoft"])):
+        save_official(teacher, tmp_path / f"{number}.pt", form)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    teachers = ",".join(str(tmp_path / f"{number}.pt") for number in range(3))
+    arguments = f"--teachers {teachers} --heads 2,4 --agg {agg} --data {tmp_path / 'audio'} --splits . --steps 1"
+    train.main([*arguments.split(), *f"--batch-size 3 --warmup 0 --workers 0 --out {tmp_path / 'run'}".split()])
+
+    torch.manual_seed(0)
+    names = [(str(number), SMALL.dim) for number in range(3)]
+    student = Student(student_config(SMALL), aggregate.heads(agg, [2, 4], names))
+    initialise(student, ours.teachers[0])
+    ours.student.load_state_dict(student.state_dict())
+    torch.manual_seed(int(np.random.SeedSequence((0, 1, 0)).generate_state(1, np.uint64)[0]))  # train.py's first step
+    assert ours.step() == pytest.approx(3 * 0.6)  # cut to the shortest, in steps of 0.2 s
+    trained, before = load_student(tmp_path / "run" / "student.pt").state_dict(), student.state_dict()
+    for name, weight in ours.student.state_dict().items():
+        update = trained[name] - before[name]
+        assert update.norm() > 0 and (weight - trained[name]).norm() < 1e-3 * update.norm(), name
+
+
+def flops_by_hand(seconds):
+    """Of an encoder of Base's sizes: (its convolutions, projection and positional convolution; one of its layers)."""
+    samples, channels, below = int(seconds * 16000), 1, 0
+    for kernel, stride in ((10, 5), (3, 2), (3, 2), (3, 2), (3, 2), (2, 2), (2, 2)):
+        samples = (samples - kernel) // stride + 1
+        below += 2 * samples * 512 * channels * kernel
+        channels = 512
+    below += 2 * samples * 512 * 768 + 2 * (samples + 1) * 768 * 48 * 128
+    return below, 2 * samples * 768 * (4 * 768 + 2 * 3072) + 4 * samples * samples * 768, samples
+
+
+def test_the_table_and_the_json_say_the_same_and_the_flops_are_those_by_hand(tmp_path):
+    trace = tmp_path / "trace.json"
+    done = run("bench.py", "--seconds", "0.5,0.4", "--steps", 1, "--json", "--profile", trace, cwd=tmp_path)
+    found = figures(done)
+    assert found["audio_per_step"] == pytest.approx(0.8) and sum(found["shares"].values()) == pytest.approx(1)
+    assert found["audio_per_second"] == pytest.approx(0.8 / found["seconds_per_step"])
+    assert found["flops_per_second"] == pytest.approx(found["flops_per_step"] / found["seconds_per_step"])
+    share = found["flops_per_second"] / found["limit_flops_per_second"]
+    assert found["share_of_limit"] == pytest.approx(share) and 0.02 < share < 1.2
+    assert f"{share:.1%}" in done.stdout and f"{found['shares']['teachers']:.1%}" in done.stdout
+
+    below, layer, frames = flops_by_hand(0.4)
+    gates = 12 * 2 * frames * 768 * 8  # WavLM's
+    student = below + 2 * layer + 3 * 2 * 2 * frames * 768 * 768
+    expected = 2 * (3 * (below + 12 * layer) + gates + 3 * student)  # backward is twice the student's forward
+    assert found["flops_per_step"] == pytest.approx(expected, rel=0.02)
+    assert {"aten::addmm"} <= {event.get("name") for event in json.loads(trace.read_text())["traceEvents"]}
+
+
+@pytest.mark.slow
+def test_two_processes_and_the_peer_are_timed(tmp_path):
+    found = figures(run("bench.py", "--seconds", "0.5,0.4", "--steps", 1, "--json", cwd=tmp_path, processes=2))
+    assert found["audio_per_step"] == pytest.approx(4 * 0.4)
+    found = figures(run("bench.py", "--seconds", "0.5,0.4", "--steps", 2, "--json", "--peer", cwd=tmp_path))
+    assert found["ratio_to_peer"] == pytest.approx(found["audio_per_second"] / found["peer_audio_per_second"])
+
+
+def test_the_loader_is_timed_alone(corpus, tmp_path):
+    found = figures(run("bench.py", "--loader", "--data", corpus, "--batch-size", 8, "--json", cwd=tmp_path))
+    assert found["utterances"] == 132 and found["workers"] == 1
+    assert found["audio_per_second"] > found["utterances_per_second"] > 10  # utterances of over a second
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--loader", "--data", "nowhere"], "nowhere"),
+        (["--seconds", "8,0.1"], "--seconds"),
+        (["--heads", "4,13"], "--heads"),
+        (["--steps", "0"], "--steps"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(capsys, monkeypatch, flags, word):
+    with pytest.raises(SystemExit) as end:
+        bench.main(flags)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and word in line, line
