@@ -31,7 +31,7 @@ import aggregate
 import data
 from losses import distillation_loss
 from student import Student, initialise, student_config
-from teachers import EncoderConfig, SpeechEncoder, native_bf16
+from teachers import EncoderConfig, SpeechEncoder, native_bf16, reuse_memory
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -139,11 +139,10 @@ class Ours:
         self.optimizer = torch.optim.AdamW(
             student.parameters(), lr=2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-6
         )
-        self.model = (
-            DistributedDataParallel(student, [device.index] if device.type == "cuda" else None)
-            if DISTRIBUTED
-            else student
-        )
+        self.model = student
+        if DISTRIBUTED:
+            devices = [device.index] if device.type == "cuda" else None
+            self.model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
         self.targets_of, self.layers, self.device = aggregate.AGGREGATIONS[args.agg], args.heads, device
         self.loader = iter(data.load_batches(batches, 0, 10**9, args.workers, pin_memory=device.type == "cuda"))
         precision = args.precision if args.precision != "auto" else "bf16" if native_bf16(device) else "fp32"
@@ -426,9 +425,11 @@ def main(arguments=None):
     device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif DISTRIBUTED and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))  # 1 is torchrun's default
+    else:
+        reuse_memory()
+        if DISTRIBUTED and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, on any machine
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
     if DISTRIBUTED:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:

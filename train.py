@@ -25,7 +25,7 @@ import aggregate
 import data
 from losses import distillation_loss
 from student import Student, initialise, save_atomically, save_student, student_config
-from teachers import EncoderConfig, SpeechEncoder, load_teacher, native_bf16, save_official
+from teachers import EncoderConfig, SpeechEncoder, load_teacher, native_bf16, reuse_memory, save_official
 
 # torchrun tells every process who it is; a plain `python train.py` is rank 0 of 1.
 RANK = int(os.environ.get("RANK", 0))
@@ -389,8 +389,10 @@ def main(arguments=None):
     device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    elif LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
-        torch.set_num_threads(max(1, _cores() // LOCAL_WORLD_SIZE))  # 1 is torchrun's default, on any machine
+    else:
+        reuse_memory()
+        if LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+            torch.set_num_threads(max(1, _cores() // LOCAL_WORLD_SIZE))  # 1 is torchrun's default, on any machine
     if DISTRIBUTED:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
@@ -412,7 +414,9 @@ def main(arguments=None):
     if args.compile:
         for module in (*teachers, student):
             module.compile()
-    model = DistributedDataParallel(student, [LOCAL_RANK] if on_gpu else None) if DISTRIBUTED else student
+    model = student
+    if DISTRIBUTED:
+        model = DistributedDataParallel(student, [LOCAL_RANK] if on_gpu else None, gradient_as_bucket_view=True)
     targets_of = aggregate.AGGREGATIONS[args.agg]
 
     together(start_files, args, student, done, only_rank_0=True)
