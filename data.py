@@ -208,6 +208,22 @@ def locked(path):
         yield
 
 
+def claim(folder):
+    """Keeps other runs out of a folder until this process ends, however that is, or the returned file is closed.
+
+    Raises ValueError where another process has claimed it.
+    """
+    import fcntl  # not on Windows, where the rest of this file works
+
+    file = open(os.path.join(folder, "lock"), "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by a loader's orphaned processes
+    except OSError:
+        file.close()
+        raise ValueError(f"{folder}: another run is at work in it; wait for its end, or give another --out") from None
+    return file
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -216,15 +232,18 @@ def resampled_length(samples, rate):
     return -(-samples * SAMPLE_RATE // rate)
 
 
-def read_audio(path, start=0, samples=None):
+def read_audio(path, start=0, samples=None, expected=None):
     """(samples,) float32 at 16 kHz, channels averaged, from sample `start` on (both counted at 16 kHz).
 
+    expected: how long the file was when it was scanned, in samples at 16 kHz.
     At 16 kHz only what is asked for is read from disk; other rates are read whole and resampled.
-    Raises soundfile.SoundFileError or OSError where the file cannot be read, ValueError where it ends too early or
-    holds numbers that are not finite.
+    Raises soundfile.SoundFileError or OSError where the file cannot be read, ValueError where it ends too early, is
+    not as long as expected, or holds numbers that are not finite.
     """
     with soundfile.SoundFile(path) as file:
         rate = file.samplerate
+        if expected is not None and resampled_length(file.frames, rate) != expected:
+            raise ValueError(f"has changed: {resampled_length(file.frames, rate)} samples, {expected} before")
         if rate == SAMPLE_RATE:
             file.seek(min(start, file.frames))
             audio = file.read(-1 if samples is None else samples, dtype="float32", always_2d=True)
@@ -300,7 +319,9 @@ class Batches(torch.utils.data.Dataset):
         for waveform, path, i in zip(waveforms, paths, mine):
             start = int(positions[i] * (self.corpus.samples[i] - cut + 1))
             try:
-                waveform.copy_(read_audio(os.path.join(self.corpus.root, path), start, cut))
+                waveform.copy_(
+                    read_audio(os.path.join(self.corpus.root, path), start, cut, int(self.corpus.samples[i]))
+                )
             except (soundfile.SoundFileError, OSError, ValueError) as error:
                 left_out[path] = str(error) or type(error).__name__
         return {"waveforms": waveforms, "paths": paths, "left_out": left_out}

@@ -31,7 +31,7 @@ from torch import nn
 
 import data
 from student import load_student, save_atomically
-from teachers import TEACHERS, load_teacher, native_bf16
+from teachers import TEACHERS, load_safely, load_teacher, native_bf16
 
 FORMAT = "ekd-probe-1"
 AT_ONCE = 160 * 16000  # samples, with padding, that go through the upstream together: its convolutions need the memory
@@ -547,7 +547,7 @@ def load_run(args, fingerprints):
     if not os.path.exists(path):
         return None
     try:
-        run = torch.load(path, map_location="cpu", weights_only=True)
+        run = load_safely(path)
         settings, before, known = run["settings"], run["fingerprints"], run["format"] == FORMAT
     except Exception:  # a damaged file can raise nearly anything
         known = False
@@ -613,6 +613,7 @@ def evaluate(args, metric, upstream, states, splits, make_head, loss, decode, co
                 return json.load(file), None
         plan = Shuffled(splits[0], args.batch_size, args.seed)
         os.makedirs(args.out, exist_ok=True)
+        claim = data.claim(args.out)  # noqa: F841, let go when this function ends
 
     torch.manual_seed(args.seed)
     probe = Probe(upstream.states, make_head(upstream.dim)).to(upstream.device)

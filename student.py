@@ -19,7 +19,7 @@ import sys
 import torch
 from torch import nn
 
-from teachers import EncoderConfig, SpeechEncoder, official_state_dict
+from teachers import EncoderConfig, SpeechEncoder, load_safely, official_state_dict
 
 FORMAT = "ekd-student-1"
 
@@ -86,14 +86,27 @@ def save_student(student, file, **about):
     torch.save({"format": FORMAT, "config": config, "heads": heads, "weights": weights, **about}, file)
 
 
-def save_atomically(path, write):
-    """Calls write(file) on a temporary file beside `path`, and gives it the name only when it is whole on disk."""
+def earlier(path, age):
+    """Where save_atomically keeps what was saved `age` saves before the last one: last.pt, last.1.pt, last.2.pt, ..."""
+    stem, ending = os.path.splitext(path)
+    return f"{stem}.{age}{ending}" if age else path
+
+
+def save_atomically(path, write, keep=1):
+    """Calls write(file) on a temporary file beside `path`, and gives it the name only when it is whole on disk.
+
+    keep: how many files stay, this one and those saved before it, under the names that `earlier` gives.
+    Raises OSError with one line, the files that were there being whole.
+    """
     partial = path + ".partial"
     try:
         with open(partial, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        for age in range(keep - 1, 0, -1):
+            if os.path.exists(earlier(path, age - 1)):
+                os.replace(earlier(path, age - 1), earlier(path, age))
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
         with contextlib.suppress(OSError):
@@ -109,13 +122,14 @@ def load_student(path, device="cpu"):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such student; train.py writes OUT/student.pt")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_safely(path)
+        known = saved["format"] == FORMAT
+        student = Student(EncoderConfig(**saved["config"]), saved["heads"])
+        student.load_state_dict(saved["weights"])
     except Exception:  # a damaged file can raise nearly anything
-        saved = None
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a student; give a student.pt that train.py wrote")
-    student = Student(EncoderConfig(**saved["config"]), saved["heads"])
-    student.load_state_dict(saved["weights"])
+        known = False
+    if not known:
+        raise ValueError(f"{path}: damaged, or not a student; give a student.pt that train.py wrote")
     return student.to(device).eval()
 
 

@@ -529,15 +529,30 @@ def _read_file(path):
         return _read_safetensors(path)
     try:
         inert = [(_Inert, name) for name in _mentioned(path) if INERT.match(name)]
-        with torch.serialization.safe_globals(inert), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's remarks on the storage formats of old files
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals(inert):
+            return load_safely(path, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged file can raise nearly anything
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
             raise ValueError(f"{path}: refused, it asks to run {foreign[1]}; get it from its official place") from None
         reason = str(error).split("WeightsUnpickler error:")[-1].strip().partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: damaged, cut short or no checkpoint; get it again ({reason[:120]})") from None
+
+
+def load_safely(path, mmap=False):
+    """What a file of torch.save holds, tensors and plain types alone: no code in it is run.
+
+    Raises nearly anything where it is damaged or holds something else, a changed byte of a zip (torch 1.6 and later)
+    included, which torch.load does not look for.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} does not match its checksum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's remarks on the formats of old files
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def _mentioned(path):

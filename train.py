@@ -24,8 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 import aggregate
 import data
 from losses import distillation_loss
-from student import Student, initialise, save_atomically, save_student, student_config
-from teachers import EncoderConfig, SpeechEncoder, load_teacher, native_bf16, reuse_memory, save_official
+from student import Student, earlier, initialise, save_atomically, save_student, student_config
+from teachers import EncoderConfig, SpeechEncoder, load_safely, load_teacher, native_bf16, reuse_memory, save_official
 
 # torchrun tells every process who it is; a plain `python train.py` is rank 0 of 1.
 RANK = int(os.environ.get("RANK", 0))
@@ -35,7 +35,7 @@ LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 DISTRIBUTED = "RANK" in os.environ
 
 # Settings that may change when a run is resumed: they change no weight beyond rounding.
-FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
+FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "keep", "tensorboard"}
 
 
 # ---------------------------------------------------------------- settings
@@ -77,6 +77,7 @@ def parse(arguments=None):
     add("--seed", type=whole, default=0, help="of the student's first weights, the data's order and dropout")
     add("--log-every", type=count, default=100, help="steps between lines of metrics")
     add("--save-every", type=count, default=1000, help="steps between saves")
+    add("--keep", type=count, default=2, help="saves that stay; where the last one is damaged, a resume takes the one before")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars too (needs the package tensorboard)")
     add("--demo", action="store_true", help="synthetic speech and three tiny random teachers: shows the machinery in two minutes")
     # fmt: on
@@ -176,7 +177,7 @@ def open_run(out, settings):
     """Raises ValueError where the folder holds another run, whose settings it names."""
     path = os.path.join(out, "config.json")
     if not os.path.exists(path):
-        for name in ("last.pt", "student.pt", "metrics.jsonl"):
+        for name in ("last.pt", "last.1.pt", "student.pt", "metrics.jsonl"):
             if os.path.exists(os.path.join(out, name)):
                 raise ValueError(f"{out}: holds {name} but no config.json of a run; give --out another folder")
         return
@@ -198,19 +199,33 @@ def _text(value):
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def load_run(out, corpus):
-    """What last.pt holds, or None before the first save. Raises ValueError where it is damaged or the audio has changed."""
-    path = os.path.join(out, "last.pt")
-    if not os.path.exists(path):
-        return None
-    try:
-        run = torch.load(path, map_location="cpu", weights_only=True)
-        step, fingerprint = run["step"], run["corpus"]
-    except Exception:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path}: damaged or not a run's; move it away to start again") from None
-    if fingerprint != corpus.fingerprint():
-        raise ValueError(f"{out}: the audio is not what it was up to step {step}; restore it, or give another --out")
-    return run
+def load_run(out, corpus, student):
+    """The newest save that is whole, its weights put into the student, or None before the first save.
+
+    Raises ValueError where there are saves but none is whole, or where the audio has changed.
+    """
+    damaged = []
+    for path in [earlier(os.path.join(out, "last.pt"), age) for age in range(100)]:
+        if not os.path.exists(path):
+            continue
+        try:
+            run = load_safely(path)
+            step, fingerprint, _, _ = run["step"], run["corpus"], run["optimizer"], run["left_out"]
+            student.load_state_dict(run["student"])
+        except Exception:  # a damaged file can raise nearly anything
+            damaged.append(path)
+            continue
+        if fingerprint != corpus.fingerprint():
+            raise ValueError(
+                f"{out}: the audio is not what it was up to step {step}; restore it, or give another --out"
+            )
+        if damaged and RANK == 0:
+            what = f"damaged or not a run's; going on from {path}, step {step}"
+            print(f"warning: {', '.join(damaged)}: {what}", file=sys.stderr)
+        return run
+    if damaged:
+        raise ValueError(f"{', '.join(damaged)}: damaged or not a run's; move it away to start again")
+    return None
 
 
 def prepare(args, device):
@@ -229,7 +244,6 @@ def prepare(args, device):
     corpus = data.find_corpus(args.data, args.splits)
     longest = int(args.max_seconds * data.SAMPLE_RATE)
     batches = data.Batches(corpus, args.batch_size, longest, args.seed, RANK, WORLD_SIZE)
-    run = load_run(args.out, corpus)
     teachers = [load_teacher(path, device) for path in args.teachers]
     check_teachers(teachers, args.teachers, args.heads)
     widths = [(name, teacher.config.dim) for name, teacher in zip(teacher_names(args.teachers), teachers)]
@@ -238,12 +252,17 @@ def prepare(args, device):
     student = Student(student_config(teachers[0].config, args.student_layers, args.dropout), heads)
     if args.init == "first":
         initialise(student, teachers[0])
+    run = load_run(args.out, corpus, student)
     return corpus, batches, teachers, student.to(device), run
 
 
 def start_files(args, student, done):
-    """config.json of a new run; metrics.jsonl of a resumed one without the lines of steps that are taken again."""
+    """config.json of a new run; metrics.jsonl of a resumed one without the lines of steps that are taken again.
+
+    Returns what keeps other runs out of the folder. Raises ValueError where one is in it.
+    """
     os.makedirs(args.out, exist_ok=True)
+    claim = data.claim(args.out)
     path = os.path.join(args.out, "config.json")
     if not os.path.exists(path):
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
@@ -254,6 +273,7 @@ def start_files(args, student, done):
         with open(path, encoding="utf-8") as file:
             kept = [line for line in file if _step_of(line) <= done]
         save_atomically(path, lambda file: file.write("".join(kept).encode()))
+    return claim
 
 
 def _step_of(line):
@@ -271,7 +291,7 @@ def save_run(args, step, student, optimizer, corpus, left_out):
     save_atomically(os.path.join(args.out, "student.pt"), lambda file: save_student(student, file, step=step))
     run = {"step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict()}
     run |= {"corpus": corpus.fingerprint(), "left_out": left_out}
-    save_atomically(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file))
+    save_atomically(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file), args.keep)
 
 
 def log(args, metrics, seconds_left, board):
@@ -407,7 +427,6 @@ def main(arguments=None):
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-6)
     left_out = dict(corpus.left_out)
     if run:
-        student.load_state_dict(run["student"])
         optimizer.load_state_dict(run["optimizer"])
         left_out.update(run["left_out"])
         del run
@@ -419,7 +438,7 @@ def main(arguments=None):
         model = DistributedDataParallel(student, [LOCAL_RANK] if on_gpu else None, gradient_as_bucket_view=True)
     targets_of = aggregate.AGGREGATIONS[args.agg]
 
-    together(start_files, args, student, done, only_rank_0=True)
+    claim = together(start_files, args, student, done, only_rank_0=True)  # noqa: F841, let go when the run ends
     warn(corpus.left_out)
     board = None
     if RANK == 0:
@@ -509,8 +528,7 @@ def main(arguments=None):
             metrics |= {"gradient_norm": float(norm), "left_out": len(left_out)}
             for name, (head_l1, head_cosine) in zip(student.head_names, means.t().tolist()):
                 metrics |= {f"l1/{name}": head_l1, f"cosine/{name}": head_cosine}
-            if RANK == 0:
-                log(args, metrics, (args.steps - step) * seconds / steps, board)
+            together(log, args, metrics, (args.steps - step) * seconds / steps, board, only_rank_0=True)
             terms.zero_()
             steps = samples = 0
 
@@ -533,3 +551,13 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        print(
+            f"train.py: a process that reads audio died ({error}); the same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+        # Not by stop: the other processes may be anywhere. They fail when this one is gone, and torchrun ends them.
+        os._exit(1)

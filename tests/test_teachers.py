@@ -19,6 +19,8 @@ import torchaudio
 import transformers
 from conftest import LARGE, ROOT, environment, noise, random_encoder, shared
 
+import aggregate
+import data
 import teachers
 from teachers import EncoderConfig, SpeechEncoder, load_teacher, official_state_dict, save_official
 
@@ -279,6 +281,25 @@ def test_a_teacher_is_frozen_folded_and_in_eval_mode(tmp_path):
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert {name for name, _ in encoder.positional_embedding.named_parameters()} == {"conv.weight", "conv.bias"}
     assert relative_difference(states(encoder, noise(1, 4000))[-1], states(source, noise(1, 4000))[-1]) < 1e-5
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["random", "trained"])
+def test_in_bf16_the_targets_are_within_two_percent_of_float32(trained):
+    if trained:
+        encoders = [load_teacher(shared(f"teachers/{name}_small.pt")) for name in ("hubert", "robust_hubert", "wavlm")]
+        path = sorted(shared("speech/LibriSpeech/dev-clean").rglob("*.flac"))[0]
+        waveforms = data.read_audio(path, 0, 64000)[None]
+    else:
+        encoders, waveforms = (
+            [random_encoder(0), random_encoder(1), random_encoder(2, relative_buckets=320)],
+            noise(2, 9000),
+        )
+    with torch.no_grad():
+        exact = aggregate.average([encoder(waveforms, layers=[2, 4]) for encoder in encoders])
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = aggregate.average([encoder(waveforms, layers=[2, 4]) for encoder in encoders])
+    for a, b in zip(exact, rounded):
+        assert 1e-4 < (a - b).norm() / a.norm() < 0.02
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
