@@ -201,6 +201,30 @@ def test_a_second_run_is_refused_and_a_killed_loader_and_a_full_disk_are_named(j
     assert stopped > saved and torch.load(out / "last.1.pt", weights_only=True)["step"] == stopped - 5
 
 
+def test_an_evaluation_in_a_folder_where_another_is_at_work_is_refused(corpus, tmp_path, capsys):
+    code = "import data, sys; claim = data.claim(sys.argv[1]); print('claimed', flush=True); sys.stdin.read()"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), **pipes) as other:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(SystemExit) as end:
+            evaluate_pr.main(
+                [
+                    "--upstream",
+                    "fbank",
+                    "--data",
+                    str(corpus),
+                    "--lexicon",
+                    f"{corpus}/lexicon.txt",
+                    "--out",
+                    str(tmp_path),
+                ]
+            )
+        other.stdin.close()
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and "another run" in line
+    assert os.listdir(tmp_path) == ["lock"]
+
+
 # ---------------------------------------------------------------- saves
 
 
