@@ -293,6 +293,8 @@ def time_steps(args, device):
         batches = data.Batches(corpus, len(corpus), int(max(args.seconds) * data.SAMPLE_RATE))
         ours = Ours(args, device, batches)
         flops = everyone(count_flops(ours))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         if args.compile:
             ours.compile()
         for _ in range(2):
