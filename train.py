@@ -365,6 +365,17 @@ def stop(message, code=2):
     sys.exit(code)
 
 
+def join(backend):
+    """The start of the process group."""
+    env, store = os.environ, None
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 135712):
+        # a part of it for each start. With several agents the count differs between them.
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+
+
 def leave():
     """The end of the process group; every process comes here together."""
     if dist.is_initialized():
@@ -414,7 +425,7 @@ def main(arguments=None):
         if LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
             torch.set_num_threads(max(1, _cores() // LOCAL_WORLD_SIZE))  # 1 is torchrun's default, on any machine
     if DISTRIBUTED:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        join("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
 
     corpus, batches, teachers, student, run = together(prepare, args, device)
     done = run["step"] if run else 0
