@@ -191,7 +191,7 @@ def whole(upstreams, corpus, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "number",
-    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL],
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL))],
     ids=["SIGTERM", "Ctrl-C", "kill -9"],
 )
 def test_a_run_that_is_ended_and_started_again_scores_exactly_the_same(corpus, whole, tmp_path, number):

@@ -119,7 +119,9 @@ def interrupt(job, out, number, after, **more):
     return process.returncode, errors
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["SIGTERM", "Ctrl-C"]
+)
 def test_a_run_that_is_interrupted_and_started_again_ends_bit_for_bit_the_same(job, number):
     settings = dict(steps=60, dropout=0.1, workers=1, log_every=1, save_every=1000, agg="concat")
     whole = f"whole{int(number)}"
@@ -187,20 +189,21 @@ def test_bf16_and_a_student_from_scratch_train_too(job):
     }
 
 
-def test_a_file_that_turns_out_unreadable_is_left_out_named_and_counted(job, tmp_path):
+@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_file_that_turns_out_unreadable_is_left_out_named_and_counted(job, tmp_path, processes):
     paths = write_audio(tmp_path / "audio", [6000] * 120)
     data.find_corpus(str(tmp_path / "audio"), ["."])  # the scan, while all is well
     paths[7].write_bytes(paths[7].read_bytes()[:200])
     settings = dict(data=tmp_path / "audio", steps=15)
     students = []
-    for processes in (None, 2):
-        out = tmp_path / f"left_out{processes}"
-        done = run("train.py", *flags(job, out, **settings), cwd=job, processes=processes)
+    for count in {None, processes}:
+        out = tmp_path / f"left_out{count}"
+        done = run("train.py", *flags(job, out, **settings), cwd=job, processes=count)
         assert done.returncode == 0, done.stderr
         assert len(re.findall("left out 007.flac", done.stderr)) == 1
         assert metrics(out)[-1]["left_out"] == 1
         students.append(load_student(out / "student.pt").state_dict())
-    assert_same_student(*students)
+    assert_same_student(students[0], students[-1])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing_saved(job, tmp_path):
