@@ -108,9 +108,13 @@ def save_atomically(path, write, keep=1):
             if os.path.exists(earlier(path, age - 1)):
                 os.replace(earlier(path, age - 1), earlier(path, age))
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError where the disk is full
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             os.remove(partial)
+        while error.__context__:  # torch.save covers what went wrong first with a RuntimeError of its own
+            error = error.__context__
+        if not isinstance(error, OSError):  # as that a process of the loader died: torch raises it wherever we are
+            raise error
         raise OSError(f"{path}: not written ({error}); what was saved before is whole") from error
 
 

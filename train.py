@@ -365,6 +365,14 @@ def stop(message, code=2):
     sys.exit(code)
 
 
+def watched(loader):
+    """The loader's batches. Raises RuntimeError, as torch does, where one of its processes died, however that shows."""
+    try:
+        yield from loader
+    except (OSError, EOFError) as error:  # memory that it shared went with it
+        raise RuntimeError(f"DataLoader worker: {error or type(error).__name__}") from error
+
+
 def join(backend):
     """The start of the process group."""
     env, store = os.environ, None
@@ -483,7 +491,7 @@ def main(arguments=None):
     # Since the last line of metrics: the heads' L1 and cosine summed over parts of steps, steps, samples, and when it was.
     terms, steps, samples, since = torch.zeros(2, len(student.heads), device=device), 0, 0, time.monotonic()
     loader = data.load_batches(batches, done, args.steps, args.workers, pin_memory=on_gpu)
-    for step, batch in enumerate(loader, start=done + 1):
+    for step, batch in enumerate(watched(loader), start=done + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         # Dropout depends on seed, step and rank alone, so that a resume needs no state of a random generator.
         torch.manual_seed(int(np.random.SeedSequence((args.seed, step, RANK)).generate_state(1, np.uint64)[0]))
