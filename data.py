@@ -204,7 +204,7 @@ def locked(path):
     import fcntl  # not on Windows, where the rest of this file works
 
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        fcntl.lockf(file, fcntl.LOCK_EX)
         yield
 
 
@@ -218,9 +218,11 @@ def claim(folder):
     file = open(os.path.join(folder, "lock"), "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by a loader's orphaned processes
-    except OSError:
+    except (BlockingIOError, PermissionError):  # what POSIX allows for "held by another"
         file.close()
         raise ValueError(f"{folder}: another run is at work in it; wait for its end, or give another --out") from None
+    except OSError:
+        pass  # a file system without locks: other runs cannot be told
     return file
 
 

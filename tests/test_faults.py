@@ -212,22 +212,35 @@ def test_an_evaluation_in_a_folder_where_another_is_at_work_is_refused(corpus, t
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), **pipes) as other:
         assert other.stdout.readline() == "claimed\n"
         with pytest.raises(SystemExit) as end:
-            evaluate_pr.main(
-                [
-                    "--upstream",
-                    "fbank",
-                    "--data",
-                    str(corpus),
-                    "--lexicon",
-                    f"{corpus}/lexicon.txt",
-                    "--out",
-                    str(tmp_path),
-                ]
-            )
+            common = ["--upstream", "fbank", "--steps", "1", "--out", str(tmp_path)]
+            evaluate_pr.main([*common, "--data", str(corpus), "--lexicon", f"{corpus}/lexicon.txt"])
         other.stdin.close()
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1 and "another run" in line
     assert os.listdir(tmp_path) == ["lock"]
+
+
+def test_a_killed_run_leaves_no_claim_though_a_process_of_its_loader_lives_on(tmp_path):
+    code = (
+        "import data, os, sys, time\n"
+        "claim = data.claim(sys.argv[1])\n"
+        "child = os.fork()\n"
+        "if child:\n"
+        "    print(child, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
+        orphan = int(holder.stdout.readline())
+        try:
+            with pytest.raises(ValueError, match="another run"):
+                data.claim(tmp_path)
+            holder.kill()
+            holder.wait()
+            data.claim(tmp_path).close()
+            os.kill(orphan, 0)  # it is there still
+        finally:
+            os.kill(orphan, signal.SIGKILL)
 
 
 # ---------------------------------------------------------------- saves
