@@ -41,9 +41,14 @@ def test_the_step_that_is_timed_is_train_pys(tmp_path, monkeypatch, agg):
     names = [(str(number), SMALL.dim) for number in range(3)]
     student = Student(student_config(SMALL), aggregate.heads(agg, [2, 4], names))
     initialise(student, ours.teachers[0])
+    for name, weight in student.encoder.state_dict().items():
+        assert torch.equal(ours.student.encoder.state_dict()[name], weight), name
     ours.student.load_state_dict(student.state_dict())
     torch.manual_seed(int(np.random.SeedSequence((0, 1, 0)).generate_state(1, np.uint64)[0]))  # train.py's first step
     assert ours.step() == pytest.approx(3 * 0.6)  # cut to the shortest, in steps of 0.2 s
+    (saved,) = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    (group,) = ours.optimizer.param_groups
+    assert all(group[setting] == saved[setting] for setting in ("lr", "betas", "eps", "weight_decay"))
     trained, before = load_student(tmp_path / "run" / "student.pt").state_dict(), student.state_dict()
     for name, weight in ours.student.state_dict().items():
         update = trained[name] - before[name]
@@ -82,7 +87,9 @@ def test_the_table_and_the_json_say_the_same_and_the_flops_are_those_by_hand(tmp
     gates = SMALL.layers * 2 * frames * SMALL.dim * 8  # WavLM's
     student = below + 2 * layer + 2 * 2 * 2 * frames * SMALL.dim * SMALL.dim
     expected = 2 * (3 * (below + SMALL.layers * layer) + gates + 3 * student)  # backward is twice the student's forward
-    assert found["flops_per_step"] == pytest.approx(expected, rel=0.02)
+    channels, kernel, stride = SMALL.conv_layers[0]
+    waves = 2 * 2 * ((int(0.8 * 16000) - kernel) // stride + 1) * channels * kernel  # they need no gradient
+    assert found["flops_per_step"] == expected - waves
 
 
 @pytest.mark.slow
