@@ -120,9 +120,8 @@ def test_asr_hypotheses_do_not_depend_on_the_batch_size(corpus, upstreams):
     with torch.no_grad():  # an untrained head that says something
         model.head.characters.weight.mul_(30)
     states = probe.States(network, split.corpus)
-    states.keep(
-        None, "test", 16, 0, lambda: None
-    )  # to the head alone: a batch's rounding could tip what it says at random
+    # Kept: a batch's rounding in the upstream could tip what a random head says.
+    states.keep(None, "test", 16, 0, lambda: None)
     alone, together = (probe.predict(model, split, states, probe.ctc_greedy, size) for size in (1, 16))
     assert alone == together and len(set(map(str, alone))) > 5
 
