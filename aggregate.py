@@ -49,5 +49,5 @@ def heads(agg, layers, teachers):
         return [(f"{name}.layer{layer}", dim) for name, dim in teachers for layer in layers]
     if agg == "avg" and len(set(dims)) > 1:
         widths = ", ".join(f"{name} {dim}" for name, dim in teachers)
-        raise ValueError(f"--agg avg needs teachers of one width, these have {widths}; use --agg concat or none")
+        raise ValueError(f"an average needs teachers of one width, these have {widths}; concat and none take any")
     return [(f"layer{layer}", dims[0] if agg == "avg" else sum(dims)) for layer in layers]

@@ -13,30 +13,26 @@ import functools
 import json
 import math
 import os
-import resource
 import statistics
-import sys
 import tempfile
 import time
 
 import numpy as np
 import soundfile
 import torch
-import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import aggregate
 import data
+import processes
+from encoder import EncoderConfig, SpeechEncoder
 from losses import distillation_loss
+from processes import DISTRIBUTED, RANK, WORLD_SIZE
 from student import Student, initialise, student_config
-from teachers import EncoderConfig, SpeechEncoder, native_bf16, reuse_memory
+from train import ADAMW
 
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-DISTRIBUTED = "RANK" in os.environ
 TEACHERS = ("hubert", "hubert", "wavlm")
 PARTS = ("data", "teachers", "student forward", "backward", "optimizer")
 
@@ -46,24 +42,21 @@ PARTS = ("data", "teachers", "student forward", "backward", "optimizer")
 
 def parse(arguments=None):
     """Settings from the command line. Bad ones end the program with one line and exit code 2."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.error = stop
+    parser = processes.parser(__doc__.split("\n")[0])
     add = parser.add_argument
     # fmt: off
     add("--seconds", type=_seconds, default="8.0,7.6,7.1,6.5", help="lengths of the utterances of a process's batch")
-    add("--heads", type=_layers, default="4,8,12", help="teachers' layers to predict, counted from 1")
+    add("--heads", type=_layers, default="4,8,12", help="layers of Base to predict, counted from 1")
     add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="aggregation of the teachers' states")
-    add("--steps", type=_count, default=5, help="steps that are timed, after two that are not")
+    add("--steps", type=processes.count, default=5, help="steps that are timed, after two that are not")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
     add("--peer", action="store_true", help="time the step as transformers' models do it too, in float32 on the padded batch, in turn with ours (needs transformers)")
     add("--loader", action="store_true", help="time data.py alone instead, on --data")
     add("--data", default="data/LibriSpeech", help="for --loader: folder of audio, or a fairseq manifest (.tsv)")
-    add("--splits", type=lambda text: text.split(","), default="train-clean-100", help="for --loader: sub-folders of --data")
-    add("--batch-size", type=_count, default=24, help="for --loader: utterances a batch")
-    add("--workers", type=lambda text: _count(text, 0), default=1, help="processes that read audio")
+    add("--splits", type=processes.names, default="train-clean-100", help="for --loader: sub-folders of --data")
+    add("--batch-size", type=processes.count, default=24, help="for --loader: utterances a batch")
+    add("--workers", type=processes.whole, default=1, help="processes that read audio")
     add("--profile", metavar="FILE", help="write a Chrome trace of one more step of ours there")
     add("--json", action="store_true", help="print the figures as a JSON object on the last line")
     # fmt: on
@@ -78,22 +71,10 @@ def _seconds(text):
 
 
 def _layers(text):
-    layers = [int(number) for number in text.split(",")]
-    if not all(1 <= layer <= 12 for layer in layers):
+    found = processes.layers(text)
+    if max(found) > 12:
         raise argparse.ArgumentTypeError(f"{text}: layers of Base, 1 to 12")
-    return layers
-
-
-def _count(text, least=1):
-    if int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text}: must be {least} or more")
-    return int(text)
-
-
-def stop(message):
-    """Ends the program with one line on stderr."""
-    print(f"bench.py: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    return found
 
 
 # ---------------------------------------------------------------- what is timed
@@ -136,18 +117,16 @@ class Ours:
         student = Student(student_config(config), aggregate.heads(args.agg, args.heads, names))
         initialise(student, self.teachers[0])
         self.student = student.to(device).train()
-        self.optimizer = torch.optim.AdamW(
-            student.parameters(), lr=2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=1e-6
-        )
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=2e-4, **ADAMW)
         self.model = student
         if DISTRIBUTED:
             devices = [device.index] if device.type == "cuda" else None
             self.model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
         self.targets_of, self.layers, self.device = aggregate.AGGREGATIONS[args.agg], args.heads, device
         self.loader = iter(data.load_batches(batches, 0, 10**9, args.workers, pin_memory=device.type == "cuda"))
-        precision = args.precision if args.precision != "auto" else "bf16" if native_bf16(device) else "fp32"
-        self.precision, self.dtype = precision, torch.bfloat16 if precision == "bf16" else torch.float32
-        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.precision = processes.precision(args.precision, device)
+        self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compile(self):
         for module in (*self.teachers, self.student):
@@ -267,22 +246,6 @@ def timed(step, device):
     return time.perf_counter() - started, result
 
 
-def peak_memory(device):
-    """Bytes: of the GPU where there is one, else of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def everyone(value, combine=sum):
-    """A number of every process combined into one."""
-    if not DISTRIBUTED:
-        return combine([value])
-    values = [None] * WORLD_SIZE
-    dist.all_gather_object(values, value)
-    return combine(values)
-
-
 # ---------------------------------------------------------------- the measurements
 
 
@@ -292,28 +255,28 @@ def time_steps(args, device):
         corpus = write_utterances(folder, args.seconds)
         batches = data.Batches(corpus, len(corpus), int(max(args.seconds) * data.SAMPLE_RATE))
         ours = Ours(args, device, batches)
-        flops = everyone(count_flops(ours))
+        flops = sum(processes.gather(count_flops(ours)))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if args.compile:
             ours.compile()
         for _ in range(2):
             ours.step()
-        memory = everyone(peak_memory(device), max)
+        memory = max(processes.gather(processes.peak_memory(device)))
         peer = Peer(args, device) if args.peer else None
         for _ in range(2 if peer else 0):
             peer.step()
 
         clock, limits, steps, peer_steps = Clock(device), [], [], []
         for _ in range(args.steps):
-            limits.append(everyone(matrix_product(device, ours.dtype)))
+            limits.append(sum(processes.gather(matrix_product(device, ours.dtype))))
             steps.append(timed(lambda: ours.step(clock), device))
             if peer:
                 peer_steps.append(timed(peer.step, device))
         if args.profile:
             write_profile(ours, args.profile)
 
-    seconds, audio = statistics.median(spent for spent, _ in steps), everyone(steps[0][1])
+    seconds, audio = statistics.median(spent for spent, _ in steps), sum(processes.gather(steps[0][1]))
     figures = {"audio_per_second": audio / seconds, "seconds_per_step": seconds, "audio_per_step": audio}
     figures |= {"shares": clock.shares(), "peak_memory_bytes": memory}
     limit = statistics.median(limits)
@@ -415,37 +378,27 @@ def show_loader(args, figures):
 
 
 def main(arguments=None):
+    processes.begin()
     args = parse(arguments)
     if args.peer:
         if DISTRIBUTED:
-            stop("--peer compares one process; start it with python, not torchrun")
+            processes.stop("--peer compares one process; start it with python, not torchrun")
         try:
             import transformers  # noqa: F401
         except ImportError:
-            stop("--peer needs a package that is not there: pip install transformers")
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", LOCAL_RANK) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+            processes.stop("--peer needs a package that is not there: pip install transformers")
+    device = processes.device()
+    if args.loader:
+        with processes.together():
+            figures = time_loader(args)
     else:
-        reuse_memory()
-        if DISTRIBUTED and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default, on any machine
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            torch.set_num_threads(max(1, cores // int(os.environ["LOCAL_WORLD_SIZE"])))
-    if DISTRIBUTED:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
-    try:
-        figures = time_loader(args) if args.loader else time_steps(args, device)
-    except (OSError, ValueError) as error:
-        stop(error)
+        figures = time_steps(args, device)
     if RANK == 0:
         show_loader(args, figures) if args.loader else show_steps(args, figures, device)
         if args.json:
             print(json.dumps(figures), flush=True)
-    if DISTRIBUTED:
-        dist.barrier()
-        dist.destroy_process_group()
+    processes.end()
 
 
 if __name__ == "__main__":
-    main()
+    processes.run(main)

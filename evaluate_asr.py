@@ -3,18 +3,18 @@
     python evaluate_asr.py --upstream runs/avg/student.pt --data data/LibriSpeech
     python evaluate_asr.py --demo
 
-Running the same command again resumes the run.
+Transcripts, CTC and edits are those of evaluate_pr.py. Running the same command again resumes the run.
 """
-
-import os
-import signal
-import sys
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import demo
 import probe
+import processes
+import report
+from evaluate_pr import ctc_greedy, ctc_loss, edits, error_rows, kinds_of_errors, read_split, too_short
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a symbol is its place here, from 1; 0 is CTC's blank
 
@@ -23,35 +23,23 @@ def parse(arguments=None):
     """Settings from the command line. Bad ones end the program with one line and exit code 2."""
     parser = probe.parser(__doc__.split("\n")[0], splits="train-clean-100,dev-clean,test-clean")
     parser.set_defaults(steps=200_000, lr=1e-4, eval_every=2000)
-    size = probe.number(int, "1 or more", lambda n: n >= 1)
-    parser.add_argument("--hidden", type=size, default=1024, help="units of the projection and of each LSTM")
+    parser.add_argument("--hidden", type=processes.count, default=1024, help="units of the projection and of each LSTM")
     if parser.parse_known_args(arguments)[0].demo:
-        parser.set_defaults(upstream=probe.DEMO_STUDENT, data="data/demo", hidden=64)
+        parser.set_defaults(upstream=demo.STUDENT, data=demo.DATA, hidden=64)
         parser.set_defaults(steps=300, batch_size=16, lr=5e-3, log_every=50, eval_every=100)
     return probe.finish(parser.parse_args(arguments), "asr")
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- transcripts and letters
 
 
-def read_split(folder, name):
-    """A probe.Split whose labels are the characters of its transcripts, in capitals, a space between words.
-
-    An utterance with a character that is none of CHARACTERS is left out.
-    """
-    corpus, ids, transcripts, left_out = probe.read_transcripts(folder, name)
-    usable, labels = [], []
-    for place, words in enumerate(transcripts):
-        text = " ".join(words).upper()
-        foreign = sorted(set(text) - set(CHARACTERS))
-        if foreign:
-            left_out[ids[place]] = f"characters {''.join(foreign)}"
-        else:
-            usable.append(place)
-            labels.append(torch.tensor([CHARACTERS.index(character) + 1 for character in text]))
-    if not usable:
-        raise ValueError(f"{os.path.join(folder, name)}: no transcript is of letters and apostrophes alone")
-    return probe.Split(name, corpus, usable, [ids[place] for place in usable], labels, left_out)
+def spell(words):
+    """(the words' characters as numbers, in capitals, a space between words, "") or ([], why they cannot be used)."""
+    text = " ".join(words).upper()
+    foreign = sorted(set(text) - set(CHARACTERS))
+    if foreign:
+        return [], f"characters {''.join(foreign)}"
+    return [CHARACTERS.index(character) + 1 for character in text], ""
 
 
 def words(symbols):
@@ -59,11 +47,7 @@ def words(symbols):
     return "".join(CHARACTERS[int(symbol) - 1] for symbol in symbols).split()
 
 
-def word_edits(labels, predictions):
-    return probe.edits([words(label) for label in labels], [words(prediction) for prediction in predictions])
-
-
-# ---------------------------------------------------------------- the task
+# ---------------------------------------------------------------- the probe's head
 
 
 class SpecAugment(nn.Module):
@@ -141,48 +125,47 @@ class CharacterHead(nn.Module):
         return self.characters(x).log_softmax(-1)
 
 
+# ---------------------------------------------------------------- the run
+
+
 def main(arguments=None):
     args = parse(arguments)
+    device = processes.device()
     if args.demo:
-        probe.prepare_demo()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with probe.refusing():
-        splits = [read_split(args.data, name) for name in args.splits]
+        demo.student()
+    with processes.together("--data, --splits"):
+        splits = [read_split(args.data, name, spell) for name in args.splits]
+    with processes.together():
         upstream = probe.Upstream(args.upstream, device, args.precision)
-    too_short = probe.too_short(upstream, splits)
+    short = too_short(upstream, splits)
     for split in splits:
-        print(probe.describe(split, too_short=too_short[split.name]))
+        print(report.describe(split, too_short=short[split.name]))
     print(f"upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
 
     result, predictions = probe.evaluate(
         args,
-        "WER",
         upstream,
-        {split.corpus: probe.States(upstream, split.corpus) for split in splits},
         splits,
+        metric="WER",
         make_head=lambda dim: CharacterHead(dim, args.hidden),
-        loss=probe.ctc_loss,
-        decode=probe.ctc_greedy,
-        count=word_edits,
+        loss=ctc_loss,
+        decode=ctc_greedy,
+        count=lambda labels, predictions: edits(
+            [words(label) for label in labels], [words(said) for said in predictions]
+        ),
     )
     if predictions is not None:
         test = splits[2]
-        references = [words(label) for label in test.labels]
-        hypotheses = [words(prediction) for prediction in predictions]
-        result = {"task": "speech recognition", **result} | probe.kinds_of_errors(references, hypotheses)
-        wrong, total = probe.edits([" ".join(r) for r in references], [" ".join(h) for h in hypotheses])
-        result |= {"cer": float(wrong.sum() / total.sum()), "cer_interval": probe.bootstrap((wrong, total))}
-        for name, count in too_short.items():
-            result["counts"][name]["fewer_frames_than_needed"] = count
-        ref, hyp = dict(zip(test.ids, references)), dict(zip(test.ids, hypotheses))
-        probe.write_report(args, result, ref=ref, hyp=hyp)
-    low, high = result["cer_interval"]
-    rows = [("CER", f"{result['cer']:.2%}", f"95% interval {low:.2%} to {high:.2%}")]
-    probe.show(args, result, *args.splits[1:], [*rows, *probe.error_rows(result, "words")])
+        references, hypotheses = [words(label) for label in test.labels], [words(said) for said in predictions]
+        result = {"task": "speech recognition", **result} | kinds_of_errors(references, hypotheses)
+        wrong, total = edits([" ".join(text) for text in references], [" ".join(text) for text in hypotheses])
+        result |= {"cer": float(wrong.sum() / total.sum()), "cer_interval": report.bootstrap((wrong, total))}
+        for name, number in short.items():
+            result["counts"][name]["fewer_frames_than_needed"] = number
+        report.write_result(args, result, ref=dict(zip(test.ids, references)), hyp=dict(zip(test.ids, hypotheses)))
+    rows = [report.score_row("CER", result["cer"], result["cer_interval"]), *error_rows(result, "words")]
+    report.show(args, result, *args.splits[1:], rows)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    processes.run(main)

@@ -11,15 +11,17 @@ Running the same command again resumes the run.
 import argparse
 import os
 import re
-import signal
-import sys
 
 import numpy as np
-import soundfile
 import torch
 
 import data
+import demo
 import probe
+import processes
+import report
+from evaluate_sid import MeanHead, class_loss, class_of, labelled_corpus, read_table, right
+from states import States
 
 # IEMOCAP's four classes; excited counts as happy.
 EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "sad": "sad", "ang": "angry"}
@@ -31,12 +33,12 @@ def parse(arguments=None):
     parser.set_defaults(data="data/IEMOCAP", steps=30_000, lr=1e-4)
     parser.add_argument("--manifest", help="a .csv of path,label,fold instead of IEMOCAP; paths from its folder")
     if parser.parse_known_args(arguments)[0].demo:
-        parser.set_defaults(upstream=probe.DEMO_STUDENT, manifest="data/demo/emotion/emotions.csv")
+        parser.set_defaults(upstream=demo.STUDENT, manifest=demo.EMOTIONS)
         parser.set_defaults(steps=600, batch_size=16, lr=1e-2, log_every=300, eval_every=100)
     return probe.finish(parser.parse_args(arguments), "er")
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- tables of files
 
 
 def read_iemocap(folder):
@@ -55,7 +57,7 @@ def read_iemocap(folder):
             if not name.endswith(".txt") or name.startswith("."):
                 continue
             path = os.path.join(labels, name)
-            for number, line in probe.read_lines(path):
+            for number, line in data.read_lines(path):
                 # [6.2901 - 8.2357]	Ses01F_impro01_F000	neu	[2.5000, 2.5000, 2.5000]
                 turn = re.match(r"\[[\d. -]+\]\t(\w+)\t(\w+)\t", line)
                 if turn and turn[2] in EMOTIONS:
@@ -69,7 +71,7 @@ def read_iemocap(folder):
 
 def read_manifest(path):
     """(root, [(path, label, fold, line)]) of a .csv of path,label,fold. Raises FileNotFoundError and ValueError."""
-    rows = probe.read_table(path, ["path", "label", "fold"])
+    rows = read_table(path, ["path", "label", "fold"])
     return os.path.dirname(path), [
         (row["path"], row["label"], row["fold"], f"{path}, line {row['line']}") for row in rows
     ]
@@ -81,7 +83,7 @@ def read_folds(root, rows, seed):
     A fold is tested on by a probe trained on 80% of the others' utterances and chosen on the other 20%, drawn by the seed.
     """
     classes = sorted({label for _, label, _, _ in rows})
-    corpus, places = probe.labelled_corpus(root, [row[0] for row in rows], [row[3] for row in rows])
+    corpus, places = labelled_corpus(root, [row[0] for row in rows], [row[3] for row in rows])
     rows = [row for row in rows if row[0] in places]
     folds = sorted({fold for _, _, fold, _ in rows})
     if len(folds) < 2:
@@ -103,60 +105,38 @@ def read_folds(root, rows, seed):
     return classes, found
 
 
-def write_demo_manifest(path):
-    """Four ways to say the demo's sentences: as they are, fast and high, slow and soft, loud and rough. A fold a speaker."""
-    folder, source, lines = os.path.dirname(path), "data/demo/train-clean-100", ["path,label,fold\n"]
-    os.makedirs(folder, exist_ok=True)
-    ways = {
-        "neutral": lambda x, time: x,
-        "happy": lambda x, time: np.interp(time * 1.25, time, x)[: int(len(x) / 1.25)],
-        "sad": lambda x, time: 0.3 * np.interp(np.arange(int(len(x) / 0.85)) * 0.85, time, x),
-        "angry": lambda x, time: np.clip(6 * x, -0.9, 0.9),
-    }
-    for speaker in sorted(os.listdir(source))[:5]:
-        names = sorted(name for name in os.listdir(f"{source}/{speaker}/1") if name.endswith(".flac"))
-        for number, name in enumerate(names[:20]):
-            audio = data.read_audio(f"{source}/{speaker}/1/{name}").numpy()
-            label, way = list(ways.items())[number % 4]
-            soundfile.write(os.path.join(folder, name), way(audio, np.arange(len(audio))), data.SAMPLE_RATE)
-            lines.append(f"{name},{label},{speaker}\n")
-    with probe.refusing():
-        probe.save_atomically(path, lambda file: file.write("".join(lines).encode()))
-
-
-# ---------------------------------------------------------------- the task
+# ---------------------------------------------------------------- the run
 
 
 def main(arguments=None):
     args = parse(arguments)
+    device = processes.device()
     if args.demo:
-        probe.prepare_demo()
-        if not os.path.exists("data/demo/emotion/emotions.csv"):
-            write_demo_manifest("data/demo/emotion/emotions.csv")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with probe.refusing():
+        demo.student()
+        demo.emotions()
+    with processes.together():
         rows = read_manifest(args.manifest) if args.manifest else read_iemocap(args.data)
         classes, folds = read_folds(*rows, args.seed)
         upstream = probe.Upstream(args.upstream, device, args.precision)
     corpus = next(iter(folds.values()))[0].corpus
-    states = {corpus: probe.States(upstream, corpus)}
+    states = {corpus: States(upstream, corpus)}
     print(f"{len(corpus):,} utterances, {len(classes)} classes, {len(folds)} folds; {len(corpus.left_out)} left out")
     print(f"upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
 
-    results, right, references, hypotheses = {}, [], {}, {}
+    results, scored, references, hypotheses = {}, [], {}, {}
     for fold, splits in folds.items():
-        print(f"\nfold {fold}: {'; '.join(probe.describe(split) for split in splits)}", flush=True)
+        print(f"\nfold {fold}: {'; '.join(report.describe(split) for split in splits)}", flush=True)
         here = argparse.Namespace(**vars(args) | {"out": os.path.join(args.out, f"fold-{fold}")})
         result, predictions = probe.evaluate(
             here,
-            "accuracy",
             upstream,
-            states,
             splits,
-            make_head=lambda dim: probe.MeanHead(dim, len(classes)),
-            loss=probe.class_loss,
-            decode=probe.class_of,
-            count=probe.right,
+            metric="accuracy",
+            make_head=lambda dim: MeanHead(dim, len(classes)),
+            loss=class_loss,
+            decode=class_of,
+            count=right,
+            states=states,
             higher_is_better=True,
         )
         if predictions is None:
@@ -164,9 +144,9 @@ def main(arguments=None):
         else:
             result = {"task": f"emotion recognition, fold {fold}", **result}
             result["hypotheses"] = [classes[prediction] for prediction in predictions]
-            probe.write_report(here, result)
+            report.write_result(here, result)
         results[fold] = result
-        right.append(probe.right(splits[2].labels, predictions))
+        scored.append(right(splits[2].labels, predictions))
         references |= {name: [classes[int(label)]] for name, label in zip(splits[2].ids, splits[2].labels)}
         hypotheses |= {name: [classes[prediction]] for name, prediction in zip(splits[2].ids, predictions)}
 
@@ -179,7 +159,7 @@ def main(arguments=None):
         "task": "emotion recognition",
         "metric": "accuracy",
         "accuracy": float(np.mean(list(accuracies.values()))),
-        "interval": probe.bootstrap(*right),
+        "interval": report.bootstrap(*scored),
         "deviation": float(np.std(list(accuracies.values()), ddof=1)),
         "folds": accuracies,
         "confusion": confusion,
@@ -190,30 +170,22 @@ def main(arguments=None):
         "settings": vars(args),
         "versions": first["versions"],
     }
-    probe.write_report(args, result, ref=references, hyp=hypotheses)
+    report.write_result(args, result, ref=references, hyp=hypotheses)
     show(args, result)
 
 
 def show(args, result):
     """The result as a person reads it."""
-    low, high = result["interval"]
     print(f"\nEmotion recognition of {args.upstream}, the mean over {len(result['folds'])} folds")
-    print(f"  {'accuracy':13}  {result['accuracy']:8.2%}  95% interval {low:.2%} to {high:.2%}")
-    print(f"  {'deviation':13}  {result['deviation']:8.2%}  of the folds")
-    for fold, accuracy in result["folds"].items():
-        print(f"  {f'fold {fold}':13}  {accuracy:8.2%}")
-    classes = list(result["confusion"])
-    width = max(map(len, classes)) + 2
-    print(f"  {'said, heard as':{width}}{''.join(name.rjust(width) for name in classes)}")
+    rows = [report.score_row("accuracy", result["accuracy"], result["interval"])]
+    rows += [("deviation", f"{result['deviation']:.2%}", "of the folds")]
+    report.show_rows(rows + [(f"fold {fold}", f"{accuracy:.2%}", "") for fold, accuracy in result["folds"].items()])
+    width = max(map(len, result["confusion"])) + 2
+    print(f"  {'said, heard as':{width}}{''.join(name.rjust(width) for name in result['confusion'])}")
     for label, row in result["confusion"].items():
         print(f"  {label:{max(width, 14)}}{''.join(str(count).rjust(width) for count in row.values())}")
-    print("  learned weights of the hidden states, the mean over folds:")
-    print("\n".join(probe.bars(result["layer_weights"])))
-    print(f"{args.out}: result.json, test.hyp, test.ref")
+    report.show_weights(args, result["layer_weights"], ", the mean over folds")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    processes.run(main)

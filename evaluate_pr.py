@@ -9,14 +9,21 @@ Running the same command again resumes the run.
 """
 
 import collections
+import functools
 import os
-import signal
-import sys
 
+import numpy as np
 import torch
+import torchaudio
 from torch import nn
 
+import data
+import demo
 import probe
+import processes
+import report
+
+NOT_IN_LEXICON = "not in the lexicon:"
 
 
 def parse(arguments=None):
@@ -24,20 +31,20 @@ def parse(arguments=None):
     parser = probe.parser(__doc__.split("\n")[0], splits="train-clean-100,dev-clean,test-clean")
     parser.add_argument(
         "--lexicon",
-        type=probe.names,
+        type=processes.names,
         nargs="+",
         default="data/librispeech-lexicon.txt",
         help="files with lines WORD PHONE PHONE ...; a word's first line counts",
     )
     if parser.parse_known_args(arguments)[0].demo:
-        parser.set_defaults(upstream=probe.DEMO_STUDENT, data="data/demo", lexicon="data/demo/lexicon.txt")
+        parser.set_defaults(upstream=demo.STUDENT, data=demo.DATA, lexicon=f"{demo.DATA}/lexicon.txt")
         parser.set_defaults(steps=1200, batch_size=16, lr=5e-3, log_every=300, eval_every=300)
     args = probe.finish(parser.parse_args(arguments), "pr")
     args.lexicon = [path for paths in args.lexicon for path in (paths if isinstance(paths, list) else [paths])]
     return args
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- transcripts and phones
 
 
 def read_lexicon(paths):
@@ -48,7 +55,7 @@ def read_lexicon(paths):
     lexicon = {}
     for path in paths:
         try:
-            lines = probe.read_lines(path)
+            lines = data.read_lines(path)
         except FileNotFoundError:
             where = "https://www.openslr.org/resources/11/librispeech-lexicon.txt"
             raise FileNotFoundError(f"{path}: no such lexicon; give --lexicon, LibriSpeech's is {where}") from None
@@ -64,30 +71,54 @@ def read_lexicon(paths):
     return lexicon
 
 
-def read_split(folder, name, lexicon, numbers):
-    """A probe.Split whose labels are numbers[phone] of its transcripts, and a Counter of words that the lexicon lacks.
+def pronounce(words, lexicon, numbers):
+    """(the words' phones as numbers, "") or, where the lexicon lacks a word, ([], why they cannot be used)."""
+    missing = [word for word in words if word not in lexicon]
+    if missing:
+        return [], f"{NOT_IN_LEXICON} {' '.join(missing)}"
+    return [numbers[phone] for word in words for phone in lexicon[word]], ""
 
-    An utterance with such a word is left out.
+
+def read_split(folder, split, spell):
+    """A probe.Split of LibriSpeech's transcripts: every line of a `.trans.txt` is `ID WORD WORD ...`, the audio beside it.
+
+    spell(words): (numbers of symbols, "") or, for an utterance to leave out, (anything, the reason).
+    Raises FileNotFoundError and ValueError, naming the line, for one without audio.
     """
-    corpus, ids, transcripts, left_out = probe.read_transcripts(folder, name)
-    unknown, usable, labels = collections.Counter(), [], []
-    for place, words in enumerate(transcripts):
-        missing = [word for word in words if word not in lexicon]
-        if missing:
-            unknown.update(missing)
-            left_out[ids[place]] = f"not in the lexicon: {' '.join(missing)}"
-        else:
-            usable.append(place)
-            labels.append(torch.tensor([numbers[phone] for word in words for phone in lexicon[word]]))
+    corpus = data.find_corpus(folder, [split])
+    audio = {os.path.splitext(path)[0]: place for place, path in enumerate(corpus.paths)}
+    unusable = {os.path.splitext(path)[0]: reason for path, reason in corpus.left_out.items()}
+    spoken, usable, ids, labels, left_out, described = [], [], [], [], {}, set()
+    for file in sorted(path for path in data.files_under(folder, split) if path.endswith(".trans.txt")):
+        for number, line in data.read_lines(os.path.join(folder, file)):
+            name, *words = line.split()
+            stem = os.path.join(os.path.dirname(file), name)
+            if (stem not in audio and stem not in unusable) or stem in described:
+                what = "a second line of" if stem in described else "no audio beside it for"
+                raise ValueError(f"{os.path.join(folder, file)}, line {number}: {what} {name}; mend it, or take it out")
+            described.add(stem)
+            if stem in unusable or not words:
+                left_out[name] = unusable.get(stem, "no words")
+                continue
+            spoken.append(audio[stem])
+            symbols, reason = spell(words)
+            if reason:
+                left_out[name] = reason
+            else:
+                usable.append(len(spoken) - 1)
+                ids.append(name)
+                labels.append(torch.tensor(symbols))
+    left_out |= {os.path.basename(stem): "no transcript" for stem in (audio.keys() | unusable.keys()) - described}
+    if not spoken:
+        raise ValueError(f"{os.path.join(folder, split)}: no transcripts; each folder of audio needs its .trans.txt")
     if not usable:
-        words = " ".join(word for word, _ in unknown.most_common(3))
-        raise ValueError(
-            f"{os.path.join(folder, name)}: no transcript is in the lexicon, which lacks {words}; is it the right one?"
-        )
-    return probe.Split(name, corpus, usable, [ids[place] for place in usable], labels, left_out), unknown
+        example = next(f"{reason} ({name})" for name, reason in left_out.items())
+        raise ValueError(f"{os.path.join(folder, split)}: no transcript can be used: {example}")
+    # All that is spoken, so that tasks which leave out others of the utterances share their kept states.
+    return probe.Split(split, corpus.part(spoken), usable, ids, labels, left_out)
 
 
-# ---------------------------------------------------------------- the task
+# ---------------------------------------------------------------- the probe's head and CTC
 
 
 class PhoneHead(nn.Module):
@@ -106,54 +137,128 @@ class PhoneHead(nn.Module):
         return self.phones(self.projection(x)).log_softmax(-1)
 
 
-def edits(labels, predictions):
-    return probe.edits([label.tolist() for label in labels], predictions)
+def ctc_loss(log_probabilities, frames, labels):
+    """Mean over the utterances of CTC's loss for each label, blank 0; an utterance with too few frames weighs nothing.
+
+    log_probabilities: (batch, frames, symbols + 1); frames: (batch,); labels: [(length,) int64 tensor], symbols from 1.
+    """
+    lengths = torch.tensor([len(label) for label in labels])
+    targets = torch.cat(labels).to(log_probabilities.device)
+    return nn.functional.ctc_loss(log_probabilities.transpose(0, 1), targets, frames.cpu(), lengths, zero_infinity=True)
+
+
+def ctc_frames(label):
+    """How many frames CTC needs for a label: one a symbol, and a blank between equal neighbours."""
+    return len(label) + int((label[1:] == label[:-1]).sum())
+
+
+def ctc_greedy(log_probabilities, frames):
+    """Each utterance's most probable path, repeats merged and blanks taken out: [[symbol, ...]]."""
+    best = log_probabilities.argmax(-1).cpu()
+    paths = [path[:length].unique_consecutive().tolist() for path, length in zip(best, frames.tolist())]
+    return [[symbol for symbol in path if symbol != 0] for path in paths]
+
+
+# ---------------------------------------------------------------- PER
+
+
+def edits(references, hypotheses):
+    """(edit distances, lengths of the references), each (utterances,): their sums make PER, WER or CER."""
+    distance = torchaudio.functional.edit_distance
+    wrong = [distance(list(reference), list(hypothesis)) for reference, hypothesis in zip(references, hypotheses)]
+    return np.array(wrong, float), np.array([len(reference) for reference in references], float)
+
+
+def alignment(reference, hypothesis):
+    """(substitutions, deletions, insertions) of the shortest edit; where several are, of the one with most symbols right."""
+    # row[j]: (errors, substitutions, deletions, insertions) from the reference so far to hypothesis[:j].
+    row = [(j, 0, 0, j) for j in range(len(hypothesis) + 1)]
+    for i, symbol in enumerate(reference, start=1):
+        diagonal, row[0] = row[0], (i, 0, i, 0)
+        for j, other in enumerate(hypothesis, start=1):
+            e, s, d, n = diagonal
+            substituted = (e, s, d, n) if symbol == other else (e + 1, s + 1, d, n)
+            e, s, d, n = row[j]
+            deleted = (e + 1, s, d + 1, n)
+            e, s, d, n = row[j - 1]
+            inserted = (e + 1, s, d, n + 1)
+            diagonal, row[j] = row[j], min(substituted, deleted, inserted)
+    return row[-1][1:]
+
+
+def kinds_of_errors(references, hypotheses):
+    """{"substitutions", "deletions", "insertions"} over a set, and "reference_symbols", what they are out of."""
+    counted = [alignment(reference, hypothesis) for reference, hypothesis in zip(references, hypotheses)]
+    kinds = dict(zip(("substitutions", "deletions", "insertions"), (sum(column) for column in zip(*counted))))
+    return kinds | {"reference_symbols": sum(len(reference) for reference in references)}
+
+
+def unknown_words(split):
+    """How often its transcripts have each word that the lexicon lacks, a Counter."""
+    reasons = (reason for reason in split.left_out.values() if reason.startswith(NOT_IN_LEXICON))
+    return collections.Counter(word for reason in reasons for word in reason.removeprefix(NOT_IN_LEXICON).split())
+
+
+def too_short(upstream, splits):
+    """{name: how many utterances have fewer frames than CTC needs for their label}."""
+    counts = {}
+    for split in splits:
+        frames = upstream.frames(torch.from_numpy(split.samples)).tolist()
+        counts[split.name] = sum(ctc_frames(label) > length for label, length in zip(split.labels, frames))
+    return counts
+
+
+def error_rows(result, symbols):
+    """Rows for `show` of the kinds of errors; symbols: what is counted, such as "phones"."""
+    total = result["reference_symbols"]
+    kinds = ("substitutions", "deletions", "insertions")
+    return [(k, f"{result[k] / total:.2%}", f"{result[k]:,}") for k in kinds] + [("out of", f"{total:,}", symbols)]
+
+
+# ---------------------------------------------------------------- the run
 
 
 def main(arguments=None):
     args = parse(arguments)
+    device = processes.device()
     if args.demo:
-        probe.prepare_demo()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with probe.refusing():
+        demo.student()
+    with processes.together():
         lexicon = read_lexicon(args.lexicon)
         phones = sorted({phone for pronunciation in lexicon.values() for phone in pronunciation})
         numbers = {phone: number for number, phone in enumerate(phones, start=1)}
-        splits, unknown = zip(*(read_split(args.data, name, lexicon, numbers) for name in args.splits))
+        spell = functools.partial(pronounce, lexicon=lexicon, numbers=numbers)
+    with processes.together("--data, --splits"):
+        splits = [read_split(args.data, name, spell) for name in args.splits]
+    with processes.together():
         upstream = probe.Upstream(args.upstream, device, args.precision)
-    too_short = probe.too_short(upstream, splits)
+    unknown, short = [unknown_words(split) for split in splits], too_short(upstream, splits)
     for split, words in zip(splits, unknown):
-        print(probe.describe(split, words, too_short[split.name]))
+        print(report.describe(split, words, short[split.name]))
     print(f"upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
 
     result, predictions = probe.evaluate(
         args,
-        "PER",
         upstream,
-        {split.corpus: probe.States(upstream, split.corpus) for split in splits},
         splits,
+        metric="PER",
         make_head=lambda dim: PhoneHead(dim, len(phones)),
-        loss=probe.ctc_loss,
-        decode=probe.ctc_greedy,
-        count=edits,
+        loss=ctc_loss,
+        decode=ctc_greedy,
+        count=lambda labels, predictions: edits([label.tolist() for label in labels], predictions),
     )
     if predictions is not None:
         test = splits[2]
-        references, hypotheses = (
-            [[phones[int(number) - 1] for number in sequence] for sequence in sequences]
-            for sequences in (test.labels, predictions)
-        )
-        result = {"task": "phoneme recognition", **result} | probe.kinds_of_errors(references, hypotheses)
+        references = [[phones[number - 1] for number in label.tolist()] for label in test.labels]
+        hypotheses = [[phones[number - 1] for number in prediction] for prediction in predictions]
+        result = {"task": "phoneme recognition", **result} | kinds_of_errors(references, hypotheses)
         result["phones"] = phones
         result["words_not_in_the_lexicon"] = {split.name: dict(words) for split, words in zip(splits, unknown)}
-        for name, count in too_short.items():
-            result["counts"][name]["fewer_frames_than_needed"] = count
-        probe.write_report(args, result, ref=dict(zip(test.ids, references)), hyp=dict(zip(test.ids, hypotheses)))
-    probe.show(args, result, *args.splits[1:], probe.error_rows(result, "phones"))
+        for name, number in short.items():
+            result["counts"][name]["fewer_frames_than_needed"] = number
+        report.write_result(args, result, ref=dict(zip(test.ids, references)), hyp=dict(zip(test.ids, hypotheses)))
+    report.show(args, result, *args.splits[1:], error_rows(result, "phones"))
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    processes.run(main)

@@ -8,13 +8,19 @@ Where this is not s3prl: a training crop of 8 seconds is cut from the whole utte
 waveform, so that the states can be kept. Running the same command again resumes the run.
 """
 
+import collections
+import csv
 import os
-import signal
-import sys
 
+import numpy as np
 import torch
+from torch import nn
 
+import data
+import demo
 import probe
+import processes
+import report
 
 SPLITS = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
 
@@ -30,15 +36,15 @@ def parse(arguments=None):
         "--crop", type=float, default=8.0, help="seconds of an utterance that a training step sees at most"
     )
     if parser.parse_known_args(arguments)[0].demo:
-        parser.set_defaults(upstream=probe.DEMO_STUDENT, manifest="data/demo/speakers.csv")
+        parser.set_defaults(upstream=demo.STUDENT, manifest=demo.SPEAKERS)
         parser.set_defaults(steps=1500, batch_size=16, lr=5e-3, log_every=500, eval_every=250)
     args = probe.finish(parser.parse_args(arguments), "sid")
     if not args.crop >= 0.1:
-        probe.stop(f"argument --crop: {args.crop}: must be 0.1 or more")
+        processes.stop(f"argument --crop: {args.crop}: must be 0.1 or more")
     return args
 
 
-# ---------------------------------------------------------------- data
+# ---------------------------------------------------------------- tables of files
 
 
 def read_iden_split(folder):
@@ -53,7 +59,7 @@ def read_iden_split(folder):
     # The two archives unpack to wav/, or to dev/wav/ and test/wav/.
     roots = [root for root in ("wav", "dev/wav", "test/wav") if os.path.isdir(os.path.join(folder, root))]
     rows = []
-    for number, line in probe.read_lines(path):
+    for number, line in data.read_lines(path):
         split, _, audio = line.strip().partition(" ")
         if split not in SPLITS or not audio:
             raise ValueError(f"{path}, line {number}: not '1|2|3 SPEAKER/VIDEO/FILE.wav' but {line.strip()[:60]!r}")
@@ -67,7 +73,7 @@ def read_iden_split(folder):
 def read_manifest(path):
     """(root, [(path, speaker, split, line)]) of a .csv of path,label,split. Raises FileNotFoundError and ValueError."""
     rows = []
-    for row in probe.read_table(path, ["path", "label", "split"]):
+    for row in read_table(path, ["path", "label", "split"]):
         line = f"{path}, line {row['line']}"
         if row["split"] not in SPLITS.values():
             raise ValueError(f"{line}: the split {row['split']!r} is none of train, dev, test")
@@ -78,7 +84,7 @@ def read_manifest(path):
 def read_splits(root, rows):
     """(speakers, the three probe.Splits) of rows (path, speaker, split, line); a label is the speaker's place among them."""
     speakers = sorted({speaker for _, speaker, split, _ in rows if split == "train"})
-    corpus, places = probe.labelled_corpus(root, [row[0] for row in rows], [row[3] for row in rows])
+    corpus, places = labelled_corpus(root, [row[0] for row in rows], [row[3] for row in rows])
     splits = []
     for name in SPLITS.values():
         mine = [row for row in rows if row[2] == name]
@@ -96,61 +102,122 @@ def read_splits(root, rows):
     return speakers, splits
 
 
-def write_demo_manifest(path):
-    """The demo's six training speakers, each one's utterances dealt to train, dev and test."""
-    root, folder = os.path.dirname(path), "train-clean-100"
-    lines = ["path,label,split\n"]
-    for speaker in sorted(os.listdir(os.path.join(root, folder))):
-        place = f"{folder}/{speaker}/1"
-        files = sorted(name for name in os.listdir(os.path.join(root, place)) if name.endswith(".flac"))
-        splits = ["test", "dev", "train", "train", "train"]
-        lines += [f"{place}/{name},{speaker},{splits[number % 5]}\n" for number, name in enumerate(files)]
-    with probe.refusing():
-        probe.save_atomically(path, lambda file: file.write("".join(lines).encode()))
+def read_table(path, columns):
+    """Rows of a .csv, each a dict with its "line", that has all `columns`. Raises FileNotFoundError and ValueError."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file; give --manifest a .csv with columns {','.join(columns)}")
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        try:
+            reader = csv.DictReader(file)
+            rows = [row | {"line": reader.line_num} for row in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: not a .csv in UTF-8 ({error})") from None
+    missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    if missing:
+        raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; it needs {','.join(columns)}")
+    for row in rows:
+        if not all(row[column] for column in columns):
+            raise ValueError(f"{path}, line {row['line']}: a field is empty; it needs {','.join(columns)}")
+    if not rows:
+        raise ValueError(f"{path}: no lines below the header")
+    return rows
 
 
-# ---------------------------------------------------------------- the task
+def labelled_corpus(root, paths, where):
+    """A data.Corpus of files that a list names, and the place of each path in it.
+
+    where: of each path, the line that names it. Raises ValueError with that line where there is no such file.
+    """
+    for path, line in zip(paths, where):
+        if not os.path.isfile(os.path.join(root, path)):
+            raise ValueError(f"{line}: no file {os.path.join(root, path)}")
+    twice = [path for path, count in collections.Counter(paths).items() if count > 1]
+    if twice:
+        raise ValueError(f"{where[paths.index(twice[0])]}: {twice[0]} is named twice")
+    corpus = data.Corpus(root, paths, data.read_lengths(root, paths))
+    return corpus, {path: place for place, path in enumerate(corpus.paths)}
+
+
+# ---------------------------------------------------------------- the probe's head and accuracy
+
+
+class MeanHead(nn.Module):
+    """A projection to 256, the mean over an utterance's frames, and a linear layer to the classes.
+
+    longest: frames of the random crop that training sees of longer utterances, or None.
+    Source: SUPERB's speaker identification and emotion recognition, s3prl's UtteranceLevel with MeanPooling.
+    """
+
+    def __init__(self, dim, classes, longest=None):
+        super().__init__()
+        self.projection = nn.Linear(dim, 256)
+        self.classes = nn.Linear(256, classes)
+        self.longest = longest
+
+    def forward(self, x, frames):
+        """x: (batch, frames, dim); frames: (batch,). Returns logits, (batch, classes)."""
+        start = torch.zeros_like(frames)
+        if self.training and self.longest:
+            room = (frames - self.longest).clamp(min=0)
+            start = (torch.rand(len(frames)).to(frames.device) * (room + 1)).long()
+            frames = frames.clamp(max=self.longest)
+        time = torch.arange(x.shape[1], device=x.device)
+        inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
+        mean = (self.projection(x) * inside[:, :, None]).sum(1) / frames[:, None]
+        return self.classes(mean)
+
+
+def class_loss(logits, frames, labels):
+    """Cross-entropy of (batch, classes) logits for [() int64 tensor] labels."""
+    return nn.functional.cross_entropy(logits, torch.stack(labels).to(logits.device))
+
+
+def class_of(logits, frames):
+    """The most probable class of each utterance."""
+    return logits.argmax(-1).tolist()
+
+
+def right(labels, predictions):
+    """(1 where the class is right, 1), each (utterances,): their sums make the accuracy."""
+    same = np.array([int(label) == prediction for label, prediction in zip(labels, predictions)], float)
+    return same, np.ones(len(same))
+
+
+# ---------------------------------------------------------------- the run
 
 
 def main(arguments=None):
     args = parse(arguments)
+    device = processes.device()
     if args.demo:
-        probe.prepare_demo()
-        write_demo_manifest("data/demo/speakers.csv")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with probe.refusing():
+        demo.student()
+        demo.speakers()
+    with processes.together():
         speakers, splits = read_splits(*(read_manifest(args.manifest) if args.manifest else read_iden_split(args.data)))
         upstream = probe.Upstream(args.upstream, device, args.precision)
     for split in splits:
-        print(probe.describe(split))
+        print(report.describe(split))
     print(f"{len(speakers):,} speakers; upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
 
     result, predictions = probe.evaluate(
         args,
-        "accuracy",
         upstream,
-        {splits[0].corpus: probe.States(upstream, splits[0].corpus)},
         splits,
-        make_head=lambda dim: probe.MeanHead(dim, len(speakers), upstream.frames(int(args.crop * 16000))),
-        loss=probe.class_loss,
-        decode=probe.class_of,
-        count=probe.right,
+        metric="accuracy",
+        make_head=lambda dim: MeanHead(dim, len(speakers), upstream.frames(int(args.crop * 16000))),
+        loss=class_loss,
+        decode=class_of,
+        count=right,
         higher_is_better=True,
     )
     if predictions is not None:
         test = splits[2]
         result = {"task": "speaker identification", **result, "speakers": len(speakers)}
-        probe.write_report(
-            args,
-            result,
-            ref={name: [speakers[int(label)]] for name, label in zip(test.ids, test.labels)},
-            hyp={name: [speakers[prediction]] for name, prediction in zip(test.ids, predictions)},
-        )
-    probe.show(args, result, "dev", "test", [("out of", result["speakers"], "speakers")])
+        references = {name: [speakers[int(label)]] for name, label in zip(test.ids, test.labels)}
+        hypotheses = {name: [speakers[prediction]] for name, prediction in zip(test.ids, predictions)}
+        report.write_result(args, result, ref=references, hyp=hypotheses)
+    report.show(args, result, "dev", "test", [("out of", result["speakers"], "speakers")])
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+    processes.run(main)

@@ -13,8 +13,11 @@ import pytest
 import soundfile
 import torch
 
-import data
-from teachers import EncoderConfig, SpeechEncoder
+import demo as demo_file
+from data import find_corpus
+from encoder import EncoderConfig, SpeechEncoder
+from export import save_official
+from student import Student, save_student, student_config
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -43,7 +46,7 @@ def cache(tmp_path_factory):
 def corpus(tmp_path_factory):
     """The synthetic corpus with its transcripts and lexicon."""
     folder = tmp_path_factory.mktemp("corpus")
-    data.write_demo_corpus(folder)
+    demo_file.write_corpus(folder)
     return folder
 
 
@@ -56,6 +59,30 @@ def demo(tmp_path_factory):
     return folder, done.stdout, time.monotonic() - start
 
 
+@pytest.fixture(scope="session")
+def upstreams(tmp_path_factory):
+    """A student, two teachers and a web page in files, and on noise(2, 8000) the hidden states of two of them by hand."""
+    folder = tmp_path_factory.mktemp("upstreams")
+    torch.manual_seed(0)
+    student = Student(student_config(SMALL), [("layer2", 48)]).eval()
+    wavlm = random_encoder(0, relative_buckets=320)
+    save_student(student, folder / "student.pt")
+    save_official(random_encoder(0), folder / "hubert.pt", "fairseq")
+    save_official(wavlm, folder / "wavlm.pt", "microsoft")
+    (folder / "other.pt").write_text("<html>Sign in</html>")
+    with torch.no_grad():
+        by_hand = {"student.pt": student.hidden_states(noise(2, 8000)), "wavlm.pt": wavlm(noise(2, 8000))}
+    torch.save(by_hand, folder / "states.pt")
+    return folder
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A corpus of nine files of different lengths."""
+    write_audio(tmp_path / "audio", [4000 + 1357 * i for i in range(9)])
+    return find_corpus(tmp_path / "audio", ["."])
+
+
 def shared(path):
     """A file or folder of ../shared; the test is skipped where there is none."""
     if not (SHARED / path).exists():
@@ -66,7 +93,9 @@ def shared(path):
 def random_encoder(seed=0, **sizes):
     """A SpeechEncoder at small sizes with every parameter random, so that each matters."""
     generator = torch.Generator().manual_seed(seed)
-    encoder = SpeechEncoder(dataclasses.replace(SMALL, **sizes)).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = SpeechEncoder(dataclasses.replace(SMALL, **sizes)).eval()
     with torch.no_grad():
         for parameter in encoder.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
@@ -79,6 +108,37 @@ def noise(*shape, seed=0):
 
 
 LARGE = {"conv_norm": "layer", "pre_norm": True, "normalize": True, "conv_bias": True}
+KINDS = {
+    "hubert": {},
+    "hubert_large": LARGE,
+    "wavlm": {"relative_buckets": 320},
+    "wavlm_large": {"relative_buckets": 320, **LARGE},
+}
+HEADS = [("layer2", 48), ("layer4", 96)]
+
+
+def random_student(**sizes):
+    """A Student at small sizes with every parameter random, and the teacher whose sizes it has."""
+    torch.manual_seed(3)
+    teacher = random_encoder(**sizes)
+    student = Student(student_config(teacher.config), HEADS)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return student.eval(), teacher
+
+
+def states(encoder, waveforms, *arguments, **keywords):
+    with torch.no_grad():
+        return encoder(waveforms, *arguments, **keywords)
+
+
+def largest_difference(ours, theirs):
+    return max(float((a - torch.as_tensor(b)).abs().max()) for a, b in zip(ours, theirs, strict=True))
+
+
+def relative_difference(a, b):
+    return float((a - b).norm() / b.norm())
 
 
 def write_audio(folder, lengths, rate=16000, seed=0, suffix=".flac"):
@@ -106,6 +166,34 @@ def run(*arguments, cwd, processes=None, **variables):
     program, *rest = map(str, arguments)
     command, env = [*start, str(ROOT / program), *rest], environment(**variables)
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def flags_of(settings):
+    """{"batch_size": 8} as a user types it: ["--batch-size", "8"]."""
+    return [str(part) for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+
+
+def on_cpu(program, arguments):
+    """A program's main() in this process, which saves a start of Python; without a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(sys, "argv", [f"{program.__name__}.py"])
+        program.main(arguments)
+
+
+def refused(capsys, program, arguments):
+    """The one line on stderr with which a program's main() refuses, in this process."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        on_cpu(program, arguments)
+    line = capsys.readouterr().err
+    assert end.value.code == 2 and line.count("\n") == 1 and line.startswith(f"{program.__name__}.py: "), line
+    return line
+
+
+def read_symbols(path):
+    """{ID: [symbol, ...]} of test.hyp or test.ref."""
+    return {name: symbols for name, *symbols in map(str.split, path.read_text().splitlines())}
 
 
 def metrics(out):

@@ -13,8 +13,8 @@ import aggregate
 import bench
 import data
 import train
+from export import save_official
 from student import Student, initialise, load_student, student_config
-from teachers import save_official
 
 
 def figures(done):
@@ -35,7 +35,12 @@ def test_the_step_that_is_timed_is_train_pys(tmp_path, monkeypatch, agg):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     teachers = ",".join(str(tmp_path / f"{number}.pt") for number in range(3))
     arguments = f"--teachers {teachers} --heads 2,4 --agg {agg} --data {tmp_path / 'audio'} --splits . --steps 1"
-    train.main([*arguments.split(), *f"--batch-size 3 --warmup 0 --workers 0 --out {tmp_path / 'run'}".split()])
+    train.main(
+        [
+            *arguments.split(),
+            *f"--batch-size 3 --warmup 0 --workers 0 --precision fp32 --out {tmp_path / 'run'}".split(),
+        ]
+    )
 
     torch.manual_seed(0)
     names = [(str(number), SMALL.dim) for number in range(3)]

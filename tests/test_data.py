@@ -1,4 +1,5 @@
-import hashlib
+"""data.py: finding, reading and cutting audio."""
+
 import os
 import time
 
@@ -91,7 +92,7 @@ def test_missing_or_empty_data_is_refused_in_words(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="nowhere"):
         find_corpus(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="--splits"):
+    with pytest.raises(FileNotFoundError, match="no such split"):
         find_corpus(str(tmp_path), ["train-clean-100"])
     with pytest.raises(ValueError, match="no audio"):
         find_corpus(str(tmp_path), ["empty"])
@@ -215,9 +216,9 @@ def test_an_utterance_that_cannot_be_read_is_silent_and_named(tmp_path):
 
 
 def test_batches_that_cannot_be_made_are_refused(corpus):
-    with pytest.raises(ValueError, match="does not divide over 3"):
+    with pytest.raises(ValueError, match="a batch of 8 does not divide over 3"):
         Batches(corpus, 8, 25000, world_size=3)
-    with pytest.raises(ValueError, match="more than the 36 utterances"):
+    with pytest.raises(ValueError, match="a batch of 40 is more than the 36 utterances"):
         Batches(corpus, 40, 25000)
 
 
@@ -229,33 +230,7 @@ def test_a_manifest_of_librispeechs_size_is_read_and_planned_quickly(tmp_path):
     assert time.monotonic() - start < 10
 
 
-# ---------------------------------------------------------------- real and synthetic speech
-
-
 def test_real_speech_in_librispeechs_layout_is_found():
     found = find_corpus(str(shared("speech/LibriSpeech")), ["dev-clean", "test-clean"])
     assert len(found) == 74 and not found.left_out
     assert all(len(read_audio(os.path.join(found.root, p))) == n for p, n in zip(found.paths[:5], found.samples))
-
-
-def test_the_demo_corpus_is_librispeech_in_small_and_the_same_for_the_same_seed(tmp_path):
-    def digest(folder):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return hashlib.sha256(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)).hexdigest()
-
-    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        data.write_demo_corpus(str(tmp_path / name), seed)
-    assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
-
-    found = find_corpus(str(tmp_path / "a"), ["train-clean-100", "dev-clean", "test-clean"])
-    assert 4 < found.hours() * 60 < 6 and not found.left_out
-    lexicon = dict(line.split("\t") for line in (tmp_path / "a" / "lexicon.txt").read_text().splitlines())
-    transcripts = {}
-    for file in (tmp_path / "a").rglob("*.trans.txt"):
-        for line in file.read_text().splitlines():
-            name, *words = line.split()
-            transcripts[name] = words
-            assert set(words) <= set(lexicon)
-    assert set(transcripts) == {os.path.splitext(os.path.basename(path))[0] for path in found.paths}
-    speakers = [{path.split("/")[1] for path in found.paths if path.startswith(s)} for s in ("train", "dev", "test")]
-    assert [len(s) for s in speakers] == [6, 2, 2] and len(set.union(*speakers)) == 10

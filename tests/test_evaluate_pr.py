@@ -1,5 +1,6 @@
 """evaluate_pr.py as a user runs it: on the synthetic corpus, on real speech where it lies beside the checkout."""
 
+import functools
 import json
 import os
 import shutil
@@ -11,36 +12,33 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import ROOT, SMALL, environment, noise, random_encoder, run, shared
+import torchaudio
+from conftest import ROOT, environment, flags_of, noise, on_cpu, read_symbols, refused, run, shared
 
-import data
+import demo
 import evaluate_pr
 import probe
-from student import Student, save_student, student_config
-from teachers import save_official
-
-
-@pytest.fixture(scope="module")
-def upstreams(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("upstreams")
-    save_student(Student(student_config(SMALL), [("layer2", 48)]), folder / "student.pt")
-    save_official(random_encoder(0), folder / "hubert.pt", "fairseq")
-    (folder / "other.pt").write_text("<html>Sign in</html>")
-    return folder
+import processes
+from states import States
 
 
 def flags(corpus, out, **more):
     settings = dict(upstream="fbank", data=corpus, lexicon=corpus / "lexicon.txt", out=out)
-    settings |= dict(steps=60, batch_size=16, lr=1e-2, workers=0, log_every=20, eval_every=20, seed=1) | more
-    return [str(part) for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+    settings |= dict(steps=60, batch_size=16, lr=1e-2, workers=0, log_every=20, eval_every=20, seed=1)
+    return flags_of(settings | more)
 
 
 def score(corpus, out, **more):
     """result.json of a run in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        evaluate_pr.main(flags(corpus, out, **more))
+    on_cpu(evaluate_pr, flags(corpus, out, **more))
     return json.loads((out / "result.json").read_text())
+
+
+def refusal(capsys, arguments):
+    return refused(capsys, evaluate_pr, arguments)
+
+
+# ---------------------------------------------------------------- the score
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +46,6 @@ def fbank(corpus, tmp_path_factory):
     """A finished run on filter banks: (its folder, its result)."""
     out = tmp_path_factory.mktemp("fbank") / "pr"
     return out, score(corpus, out, steps=240, eval_every=60)
-
-
-def read(path):
-    """{ID: [phone, ...]} of test.hyp or test.ref."""
-    return {name: phones for name, *phones in map(str.split, path.read_text().splitlines())}
-
-
-# ---------------------------------------------------------------- the score
 
 
 def test_a_probe_learns_to_read_phones_from_filter_banks(fbank):
@@ -70,7 +60,7 @@ def test_a_probe_learns_to_read_phones_from_filter_banks(fbank):
 def test_a_public_scorer_finds_the_same_per_in_the_files(fbank):
     jiwer = pytest.importorskip("jiwer")
     out, result = fbank
-    hypotheses, references = read(out / "test.hyp"), read(out / "test.ref")
+    hypotheses, references = read_symbols(out / "test.hyp"), read_symbols(out / "test.ref")
     assert list(hypotheses) == list(references) and len(references) == 16
     found = jiwer.process_words(
         [" ".join(phones) for phones in references.values()], [" ".join(phones) for phones in hypotheses.values()]
@@ -84,11 +74,11 @@ def test_a_public_scorer_finds_the_same_per_in_the_files(fbank):
 
 def test_the_references_are_the_transcripts_first_pronunciations(fbank):
     out, result = fbank
-    name, phones = next(iter(read(out / "test.ref").items()))
+    name, phones = next(iter(read_symbols(out / "test.ref").items()))
     speaker = name.split("-")[0]
     transcript = (out / f"{result['settings']['data']}/test-clean/{speaker}/1/{speaker}-1.trans.txt").read_text()
     words = next(line for line in transcript.splitlines() if line.startswith(name)).split()[1:]
-    assert phones == " ".join(data.WORDS[word] for word in words).split()
+    assert phones == " ".join(demo.WORDS[word] for word in words).split()
 
 
 def test_the_result_holds_what_was_run(fbank, corpus):
@@ -99,7 +89,7 @@ def test_the_result_holds_what_was_run(fbank, corpus):
     assert result["settings"]["lr"] == 1e-2 and result["settings"]["lexicon"] == [str(corpus / "lexicon.txt")]
     assert {"torch", "torchaudio", "numpy", "python"} <= result["versions"].keys()
     assert all(seconds > 0 for seconds in result["seconds"].values())
-    assert set(result["phones"]) == set(" ".join(data.WORDS.values()).split())
+    assert set(result["phones"]) == set(" ".join(demo.WORDS.values()).split())
 
 
 @pytest.mark.parametrize("upstream", ["student.pt", "hubert.pt"])
@@ -108,17 +98,18 @@ def test_hypotheses_do_not_depend_on_the_batch_size(upstreams, corpus, tmp_path,
     best = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["best"]["probe"]
     lexicon = evaluate_pr.read_lexicon([corpus / "lexicon.txt"])
     phones = {phone: number for number, phone in enumerate(sorted(set(sum(lexicon.values(), []))), start=1)}
-    split, _ = evaluate_pr.read_split(str(corpus), "test-clean", lexicon, phones)
+    spell = functools.partial(evaluate_pr.pronounce, lexicon=lexicon, numbers=phones)
+    split = evaluate_pr.read_split(str(corpus), "test-clean", spell)
     network = probe.Upstream(str(upstreams / upstream))
     model = probe.Probe(network.states, evaluate_pr.PhoneHead(network.dim, len(phones)))
     model.load_state_dict(best)
     alone, together = (
-        probe.predict(model, split, probe.States(network, split.corpus), probe.ctc_greedy, size) for size in (1, 16)
+        probe.predict(model, split, States(network, split.corpus), evaluate_pr.ctc_greedy, size) for size in (1, 16)
     )
     assert alone == together and len(set(map(str, alone))) > 3
     names = sorted(phones)
     written = [[names[number - 1] for number in hypothesis] for hypothesis in together]
-    assert list(read(tmp_path / "test.hyp").values()) == written
+    assert list(read_symbols(tmp_path / "test.hyp").values()) == written
 
 
 def test_the_score_is_the_same_wherever_the_states_are_kept(upstreams, corpus, tmp_path, capsys):
@@ -171,6 +162,48 @@ def test_real_speech_is_read_better_by_a_trained_teacher_than_chance(tmp_path):
     lexicon = speech / "lexicon.txt"
     result = score(tmp_path / "data", tmp_path / "out", upstream=teacher, lexicon=lexicon, steps=60, eval_every=60)
     assert 0 < result["per"] < 0.95 and len(result["layer_weights"]) == 7
+
+
+# ---------------------------------------------------------------- CTC and edits
+
+
+def test_greedy_decoding_merges_repeats_keeps_doubles_and_stops_at_an_utterances_end():
+    paths = torch.tensor([[0, 2, 2, 0, 2, 1, 1], [1, 1, 1, 0, 0, 3, 3]])
+    outputs = torch.nn.functional.one_hot(paths, 4).float().log_softmax(-1)
+    assert evaluate_pr.ctc_greedy(outputs, torch.tensor([7, 4])) == [[2, 2, 1], [1]]
+
+
+def test_an_utterance_with_fewer_frames_than_ctc_needs_is_known_and_does_not_spoil_the_loss():
+    label = torch.tensor([1, 1, 2])
+    assert evaluate_pr.ctc_frames(label) == 4 and evaluate_pr.ctc_frames(torch.tensor([1, 2, 1])) == 3
+    outputs = torch.randn(2, 6, 4, requires_grad=True)
+    loss = evaluate_pr.ctc_loss(outputs.log_softmax(-1), torch.tensor([6, 3]), [label, label])
+    alone = evaluate_pr.ctc_loss(outputs[:1].log_softmax(-1), torch.tensor([6]), [label])
+    assert torch.isfinite(loss) and loss.item() == pytest.approx(alone.item() / 2)
+    loss.backward()
+    assert torch.isfinite(outputs.grad).all() and not outputs.grad[1].any()
+    enough = evaluate_pr.ctc_loss(outputs[1:].log_softmax(-1), torch.tensor([4]), [label])
+    assert enough > 0
+
+
+def test_edits_are_counted_by_kind_and_add_up_to_the_edit_distance():
+    assert evaluate_pr.alignment("abcd", "abcd") == (0, 0, 0)
+    assert evaluate_pr.alignment("abcd", "axcd") == (1, 0, 0)
+    assert evaluate_pr.alignment("abcd", "acd") == (0, 1, 0)
+    assert evaluate_pr.alignment("abcd", "abxcd") == (0, 0, 1)
+    assert evaluate_pr.alignment("", "ab") == (0, 0, 2) and evaluate_pr.alignment("ab", "") == (0, 2, 0)
+    assert evaluate_pr.alignment("ab", "ba") == (0, 1, 1)  # not two substitutions: one symbol is right
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        one, other = (rng.integers(0, 4, rng.integers(0, 12)).tolist() for _ in range(2))
+        counts = evaluate_pr.alignment(one, other)
+        assert sum(counts) == torchaudio.functional.edit_distance(one, other)
+        assert counts[2] - counts[1] == len(other) - len(one)
+
+
+def test_edits_of_a_set_are_distances_and_lengths_of_the_references():
+    wrong, total = evaluate_pr.edits([[1, 2, 3], [4]], [[1, 3], [4, 4, 4]])
+    assert wrong.tolist() == [1, 2] and total.tolist() == [3, 1]
 
 
 # ---------------------------------------------------------------- interruptions
@@ -252,7 +285,9 @@ def test_an_utterance_with_an_unknown_word_is_left_out_counted_and_the_word_list
     result = score(folder, tmp_path / "out", steps=2)
     assert result["counts"]["test-clean"] | {"utterances": 15, "left_out": 1} == result["counts"]["test-clean"]
     assert result["words_not_in_the_lexicon"]["test-clean"] == {"XYZZY": 1}
-    assert name not in read(tmp_path / "out" / "test.ref") and name not in read(tmp_path / "out" / "test.hyp")
+    assert name not in read_symbols(tmp_path / "out" / "test.ref") and name not in read_symbols(
+        tmp_path / "out" / "test.hyp"
+    )
     said = capsys.readouterr().out
     assert "XYZZY" in said and "1 left out" in said
 
@@ -275,16 +310,7 @@ def test_utterances_with_fewer_frames_than_phones_are_counted(corpus, upstreams,
     assert result["counts"]["test-clean"]["fewer_frames_than_needed"] == 0
 
 
-# ---------------------------------------------------------------- bad input
-
-
-def refusal(capsys, arguments):
-    """The one line on stderr with which evaluate_pr.py refuses, in this process."""
-    with pytest.raises(SystemExit) as end:
-        evaluate_pr.main(arguments)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1, line
-    return line
+# ---------------------------------------------------------------- bad input, defaults and help
 
 
 @pytest.mark.parametrize(
@@ -297,10 +323,10 @@ def refusal(capsys, arguments):
         (dict(lexicon="{tmp}/bad.txt"), ["bad.txt, line 3", "SHE"]),
         (dict(lexicon="{tmp}/empty.txt"), ["empty.txt", "empty"]),
         (dict(lexicon="{tmp}/binary.txt"), ["binary.txt", "UTF-8"]),
-        (dict(lexicon="{tmp}/foreign.txt"), ["no transcript is in the lexicon"]),
+        (dict(lexicon="{tmp}/foreign.txt"), ["no transcript can be used", "not in the lexicon"]),
         (dict(upstream="nowhere.pt"), ["nowhere.pt", "no such upstream", "wavlm_plus"]),
         (dict(upstream="{upstreams}/other.pt"), ["other.pt", "web page"]),
-        (dict(batch_size=500), ["--batch-size 500", "132 utterances"]),
+        (dict(batch_size=500), ["a batch of 500", "132 utterances"]),
         (dict(steps=0), ["--steps", "1 or more"]),
         (dict(lr="fast"), ["--lr", "fast"]),
         (dict(cache_memory=2), ["--cache-memory", "from 0 to 1"]),
@@ -324,7 +350,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(
 
 
 def test_torchrun_is_refused(corpus, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "WORLD_SIZE", 2)
     assert "python, not torchrun" in refusal(capsys, flags(corpus, tmp_path / "out"))
 
 
@@ -361,7 +387,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(corpus, tmp_path, capsys):
     assert (counts["utterances"], counts["left_out"]) == (15, 3)
     said = capsys.readouterr().out
     assert all(reason in said for reason in ("no words", "no transcript", "300 samples, fewer than 400"))
-    assert name not in read(tmp_path / "out" / "test.ref")
+    assert name not in read_symbols(tmp_path / "out" / "test.ref")
 
 
 def test_another_runs_folder_and_changed_data_are_refused_and_named(corpus, upstreams, capsys, tmp_path):
@@ -375,18 +401,6 @@ def test_another_runs_folder_and_changed_data_are_refused_and_named(corpus, upst
     )
     line = refusal(capsys, flags(folder, tmp_path / "out", steps=2))
     assert "dev-clean" in line and "test-clean" not in line
-
-
-# ---------------------------------------------------------------- the demo, and help
-
-
-def test_the_demo_scores_the_demo_student_in_two_minutes(demo):
-    folder, _, seconds = demo
-    done = run("evaluate_pr.py", "--demo", cwd=folder, OMP_NUM_THREADS="2")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((folder / "runs" / "demo-avg" / "pr" / "result.json").read_text())
-    assert sum(result["seconds"].values()) < 60 and result["per"] < 1
-    assert "PER" in done.stdout and "state  2" in done.stdout and "not the quality" in done.stdout
 
 
 def test_the_protocols_defaults_are_superbs():

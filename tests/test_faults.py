@@ -21,15 +21,18 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import ROOT, SMALL, environment, metrics, random_encoder, run, write_audio
+from conftest import ROOT, SMALL, environment, flags_of, metrics, on_cpu, random_encoder, refused, run, write_audio
 
 import data
 import evaluate_pr
 import train
-from student import Student, load_student, save_student, student_config, write_transformers
-from teachers import load_teacher, save_official
+from encoder import SpeechEncoder
+from export import save_official, write_transformers
+from student import Student, load_student, save_student, student_config
+from teachers import load_teacher
 
 PROGRAMS = sorted(path.name for path in ROOT.glob("*.py"))
+MODULES = [name for name in PROGRAMS if "__main__" not in (ROOT / name).read_text()]  # have no command line
 
 
 @pytest.fixture(scope="module")
@@ -45,24 +48,16 @@ def job(tmp_path_factory):
 def flags(job, out, **more):
     settings = dict(teachers=f"{job}/hubert.pt,{job}/wavlm.pt", heads="2,4", data=job / "audio", splits=".")
     settings |= dict(steps=6, batch_size=8, lr=1e-3, max_seconds=0.5, precision="fp32", workers=0, log_every=1)
-    settings |= dict(save_every=2, out=out) | more
-    return [str(part) for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+    return flags_of(settings | dict(save_every=2, out=out) | more)
 
 
 def distil(job, out, **more):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        train.main(flags(job, out, **more))
+    on_cpu(train, flags(job, out, **more))
 
 
 def refusal(capsys, job, out, **more):
     """The one line on stderr with which train.py ends, in this process."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        distil(job, out, **more)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1 and line.startswith("train.py: "), line
-    return line
+    return refused(capsys, train, flags(job, out, **more))
 
 
 def start(job, out, processes=None, restarts=0, **more):
@@ -109,9 +104,6 @@ def whole(job):
     """The folder of a run of 6 steps that nothing disturbed."""
     distil(job, job / "whole")
     return job / "whole"
-
-
-# ---------------------------------------------------------------- processes that are killed
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
@@ -207,7 +199,7 @@ def test_a_second_run_is_refused_and_a_killed_loader_and_a_full_disk_are_named(j
 
 
 def test_an_evaluation_in_a_folder_where_another_is_at_work_is_refused(corpus, tmp_path, capsys):
-    code = "import data, sys; claim = data.claim(sys.argv[1]); print('claimed', flush=True); sys.stdin.read()"
+    code = "import sys; from safe_files import claimed; c = claimed(sys.argv[1]); c.__enter__(); print('claimed', flush=True); sys.stdin.read()"
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), **pipes) as other:
         assert other.stdout.readline() == "claimed\n"
@@ -218,32 +210,6 @@ def test_an_evaluation_in_a_folder_where_another_is_at_work_is_refused(corpus, t
     line = capsys.readouterr().err
     assert end.value.code == 2 and line.count("\n") == 1 and "another run" in line
     assert os.listdir(tmp_path) == ["lock"]
-
-
-def test_a_killed_run_leaves_no_claim_though_a_process_of_its_loader_lives_on(tmp_path):
-    code = (
-        "import data, os, sys, time\n"
-        "claim = data.claim(sys.argv[1])\n"
-        "child = os.fork()\n"
-        "if child:\n"
-        "    print(child, flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True) as holder:
-        orphan = int(holder.stdout.readline())
-        try:
-            with pytest.raises(ValueError, match="another run"):
-                data.claim(tmp_path)
-            holder.kill()
-            holder.wait()
-            data.claim(tmp_path).close()
-            os.kill(orphan, 0)  # it is there still
-        finally:
-            os.kill(orphan, signal.SIGKILL)
-
-
-# ---------------------------------------------------------------- saves
 
 
 @pytest.mark.parametrize("damage", ["truncated", "zeroed", "one byte", "another file", "missing"])
@@ -294,6 +260,22 @@ def test_as_many_saves_stay_as_are_asked_for(job, tmp_path, keep):
     assert steps == [9, 8, 6][:keep]
 
 
+@pytest.mark.parametrize("damage", ["truncated", "one byte"])
+def test_a_damaged_save_of_an_evaluation_gives_way_to_the_one_before(corpus, tmp_path, capsys, damage):
+    settings = dict(upstream="fbank", data=corpus, lexicon=corpus / "lexicon.txt", steps=6, eval_every=2)
+    settings |= dict(batch_size=8, workers=0)
+    on_cpu(evaluate_pr, flags_of(settings | dict(out=tmp_path / "whole")))
+    shutil.copytree(tmp_path / "whole", tmp_path / "out")
+    os.remove(tmp_path / "out" / "result.json")
+    spoil(tmp_path / "out" / "last.pt", damage, None)
+    capsys.readouterr()
+    on_cpu(evaluate_pr, flags_of(settings | dict(out=tmp_path / "out")))
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "last.pt: damaged" in captured.err and "last.1.pt, step 6" in captured.err
+    found, expected = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("out", "whole"))
+    assert {**found, "seconds": 0, "settings": 0} == {**expected, "seconds": 0, "settings": 0}
+
+
 def obey_permissions():
     """In a new process: root's right to write where nobody may is given up."""
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
@@ -316,8 +298,6 @@ def test_a_folder_that_cannot_be_written_is_said_so(job, whole, tmp_path, starte
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "ermission" in done.stderr, done.stderr
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
-
-# ---------------------------------------------------------------- audio
 
 MUTATIONS = ["truncated", "flipped", "header", "empty", "one sample", "nan", "infinite", "8 channels", "192 kHz"]
 
@@ -404,8 +384,6 @@ def test_odd_manifests_work(job, tmp_path, kind):
     distil(job, tmp_path / "out", data=tmp_path / "train.tsv", steps=2)
     assert metrics(tmp_path / "out")[-1]["left_out"] == 0
 
-
-# ---------------------------------------------------------------- checkpoints
 
 FORMS = ["fairseq", "fairseq before torch 1.6", "s3prl", "microsoft", "torchaudio", "transformers", "student"]
 
@@ -534,12 +512,7 @@ def test_no_pickle_runs_code_whatever_it_is_wrapped_in(job, tmp_path, capsys, at
     assert not canary.exists()
 
 
-# ---------------------------------------------------------------- numbers, memory, and what is written where
-
-
 def test_a_teacher_that_gives_no_number_for_one_batch_stops_the_run(job, whole, tmp_path, capsys, monkeypatch):
-    from teachers import SpeechEncoder
-
     forward, calls = SpeechEncoder.forward, []
 
     def sick(self, waveforms, lengths=None, layers=None):
@@ -574,7 +547,7 @@ def test_memory_does_not_grow_over_5000_steps(job):
 @pytest.mark.slow
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_start_without_a_warning_and_help_comes_soon(program, tmp_path):
-    if program in ("aggregate.py", "losses.py", "data.py", "teachers.py"):
+    if program in MODULES:
         subprocess.run(
             [sys.executable, "-W", "error", "-c", f"import {program[:-3]}"], cwd=ROOT, env=environment(), check=True
         )
@@ -587,11 +560,3 @@ def test_programs_start_without_a_warning_and_help_comes_soon(program, tmp_path)
         assert done.returncode == 0 and done.stderr == "" and "usage:" in done.stdout
     assert min(seconds) < 3
     assert not list(tmp_path.iterdir())
-
-
-def test_nothing_is_written_but_the_run_the_cache_and_the_demo(demo):
-    folder, _, _ = demo
-    assert evaluate_pr.probe.DEMO_STUDENT == "runs/demo-avg/student.pt"
-    assert {path.name for path in folder.iterdir()} == {"runs", "data"}
-    assert {path.name for path in (folder / "runs").iterdir()} == {"demo-avg"}
-    assert {path.name for path in (folder / "data").iterdir()} == {"demo", "demo.lock"}

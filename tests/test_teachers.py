@@ -1,5 +1,7 @@
+"""teachers.py: every official form, damaged files, downloads."""
+
+import argparse
 import collections
-import dataclasses
 import enum
 import http.server
 import os
@@ -17,35 +19,27 @@ import soundfile
 import torch
 import torchaudio
 import transformers
-from conftest import LARGE, ROOT, environment, noise, random_encoder, shared
+from conftest import (
+    KINDS,
+    LARGE,
+    ROOT,
+    environment,
+    largest_difference,
+    noise,
+    random_encoder,
+    relative_difference,
+    shared,
+    states,
+)
 
 import aggregate
 import data
 import teachers
-from teachers import EncoderConfig, SpeechEncoder, load_teacher, official_state_dict, save_official
-
-KINDS = {
-    "hubert": {},
-    "hubert_large": LARGE,
-    "wavlm": {"relative_buckets": 320},
-    "wavlm_large": {"relative_buckets": 320, **LARGE},
-}
-
-
-def states(encoder, waveforms, *arguments, **keywords):
-    with torch.no_grad():
-        return encoder(waveforms, *arguments, **keywords)
-
-
-def largest_difference(ours, theirs):
-    return max(float((a - torch.as_tensor(b)).abs().max()) for a, b in zip(ours, theirs, strict=True))
-
-
-def relative_difference(a, b):
-    return float((a - b).norm() / b.norm())
-
+from export import official_state_dict, save_official
+from teachers import load_teacher
 
 # ---------------------------------------------------------------- against the official code
+
 
 GOLDEN = {
     "hubert_fairseq.pt": "hubert_fairseq",
@@ -173,106 +167,6 @@ def test_torchaudios_state_dict_gives_what_torchaudio_gives(kind, tmp_path):
     assert largest_difference(states(encoder, waveforms)[1:], theirs) < 1e-4
 
 
-# ---------------------------------------------------------------- the network
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_does_not_leak_into_a_shorter_utterance(kind):
-    encoder, lengths = random_encoder(**KINDS[kind]), [12000, 7001, 400]
-    batch = noise(3, 12000) + 0.05
-    padded = states(encoder, batch, lengths)  # what lies past an utterance's end is anything but silence
-    for row, length in enumerate(lengths):
-        alone, frames = states(encoder, batch[row : row + 1, :length]), encoder.frames(length)
-        for a, b in zip(padded, alone, strict=True):
-            assert relative_difference(a[row, :frames], b[0]) < 1e-5
-            assert (a[row, frames:] == 0).all()
-
-
-def test_numbers_that_are_not_finite_in_the_padding_do_not_matter():
-    encoder, batch = random_encoder(), noise(2, 6000)
-    clean = states(encoder, batch, [6000, 3000])
-    batch[1, 3000:] = float("nan")
-    assert largest_difference(states(encoder, batch, torch.tensor([6000, 3000])), clean) == 0
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_layers_come_in_the_order_asked_for(kind):
-    encoder, waveforms = random_encoder(**KINDS[kind]), noise(1, 4000)
-    everything = states(encoder, waveforms)
-    assert len(everything) == 5
-    for got, layer in zip(states(encoder, waveforms, layers=[4, 0, 2]), [4, 0, 2], strict=True):
-        assert torch.equal(got, everything[layer])
-
-
-def test_nothing_is_computed_above_the_highest_layer_asked_for():
-    encoder, ran = random_encoder(), []
-    for number, layer in enumerate(encoder.layers, start=1):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    states(encoder, noise(1, 4000), layers=[2, 1])
-    assert ran == [1, 2]
-    states(encoder, noise(1, 4000), layers=[0])
-    assert ran == [1, 2]
-
-
-def test_frames_says_how_many_frames_there_will_be():
-    encoder = random_encoder()
-    for samples in [400, 719, 720, 5000, 16000, 16001]:
-        assert states(encoder, noise(1, samples), layers=[0])[0].shape[1] == encoder.frames(samples)
-    assert encoder.frames(399) == encoder.frames(0) == 0
-    assert encoder.frames(torch.tensor([399, 400, 16000])).tolist() == [0, 1, 49]
-
-
-@pytest.mark.parametrize("lengths, expected", [(None, [None] * 4), ([4000, 3000], [(2, 1, 1, 12)] * 4)])
-def test_a_mask_is_built_only_where_lengths_are_given(monkeypatch, lengths, expected):
-    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*arguments, attn_mask=None, **keywords):
-        masks.append(None if attn_mask is None else tuple(attn_mask.shape))
-        return attention(*arguments, attn_mask=attn_mask, **keywords)
-
-    monkeypatch.setattr(teachers.F, "scaled_dot_product_attention", spy)
-    states(random_encoder(), noise(2, 4000), lengths)
-    assert masks == expected
-
-
-def test_wavlms_position_bias_is_computed_once_a_forward_pass(monkeypatch):
-    encoder, calls = random_encoder(relative_buckets=320), []
-    encoder.relative_position.register_forward_hook(lambda *_: calls.append(1))
-    states(encoder, noise(1, 4000))
-    assert len(calls) == 1
-
-
-def test_normalisation_makes_loudness_and_offset_not_matter():
-    encoder, waveforms = (
-        random_encoder(normalize=True, **{k: v for k, v in LARGE.items() if k != "normalize"}),
-        noise(2, 6000),
-    )
-    for a, b in zip(
-        states(encoder, waveforms, [6000, 4000]), states(encoder, 3 * waveforms + 0.5, [6000, 4000]), strict=True
-    ):
-        assert relative_difference(a, b) < 1e-2
-    plain = SpeechEncoder(dataclasses.replace(encoder.config, normalize=False)).eval()
-    plain.load_state_dict(encoder.state_dict())
-    assert relative_difference(states(plain, waveforms)[-1], states(plain, 3 * waveforms + 0.5)[-1]) > 0.1
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ((noise(1, 4000), None, [5]), "0 to 4"),
-        ((noise(1, 399),), "at least one frame"),
-        ((noise(4000),), "(batch, samples)"),
-        ((noise(2, 4000), [4000, 5000]), "do not fit"),
-        ((noise(2, 4000), [4000]), "do not fit"),
-        ((noise(2, 4000), [4000, 399]), "too short"),
-    ],
-)
-def test_wrong_calls_are_refused_in_words(arguments, words):
-    with pytest.raises(ValueError) as error:
-        random_encoder()(*arguments)
-    assert words in str(error.value)
-
-
 def test_a_teacher_is_frozen_folded_and_in_eval_mode(tmp_path):
     source = random_encoder(weight_norm=True)
     save_official(source, tmp_path / "teacher.pt", "fairseq")
@@ -302,52 +196,13 @@ def test_in_bf16_the_targets_are_within_two_percent_of_float32(trained):
         assert 1e-4 < (a - b).norm() / a.norm() < 0.02
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_gives_what_the_cpu_gives(kind):
-    encoder, waveforms = random_encoder(**KINDS[kind]), noise(2, 9000)
-    on_cpu = states(encoder, waveforms, [9000, 6000])
-    on_gpu = states(encoder.cuda(), waveforms.cuda(), [9000, 6000])
-    assert max(relative_difference(b.cpu(), a) for a, b in zip(on_cpu, on_gpu)) < 1e-3
-    with torch.autocast("cuda", torch.bfloat16):
-        in_bf16 = states(encoder, waveforms.cuda(), [9000, 6000])
-    assert max(relative_difference(b.float().cpu(), a) for a, b in zip(on_cpu, in_bf16)) < 2e-2
-
-
 # ---------------------------------------------------------------- forms of checkpoints
-
-
-FORMS = [
-    (kind, form)
-    for kind in KINDS
-    for form in ("fairseq", "s3prl", "microsoft")
-    if "hubert" in kind or form == "microsoft"
-]
-
-
-@pytest.mark.parametrize("kind, form", FORMS)
-def test_what_is_saved_in_an_official_form_loads_again(kind, form, tmp_path):
-    source = random_encoder(**KINDS[kind])
-    save_official(source, tmp_path / "t", form)
-    encoder = load_teacher(tmp_path / "t")
-    assert encoder.config == source.config
-    assert largest_difference(states(encoder, noise(1, 4000)), states(source, noise(1, 4000))) < 1e-4
-
-
-def test_a_network_without_a_projection_loads(tmp_path):
-    source = random_encoder(conv_layers=tuple((48, k, s) for _, k, s in EncoderConfig().conv_layers), projection=False)
-    save_official(source, tmp_path / "t", "fairseq")
-    assert (
-        largest_difference(states(load_teacher(tmp_path / "t"), noise(1, 4000)), states(source, noise(1, 4000))) < 1e-4
-    )
 
 
 def test_the_older_args_of_fairseq_are_read(tmp_path, monkeypatch):
     source = random_encoder(heads=6, **LARGE)
     save_official(source, tmp_path / "new", "fairseq")
     content = torch.load(tmp_path / "new", weights_only=True)
-    import argparse
-
     settings = argparse.Namespace(task="hubert_pretraining", **content["cfg"]["model"], normalize=True)
     torch.save({"args": settings, "cfg": None, "model": content["model"]}, tmp_path / "old")
     assert load_teacher(tmp_path / "old").config == source.config
@@ -507,8 +362,9 @@ def test_a_checkpoint_of_half_precision_gives_a_teacher_in_float32(tmp_path):
     assert relative_difference(states(encoder, noise(1, 4000))[-1], states(source, noise(1, 4000))[-1]) < 1e-2
 
 
-def test_the_file_works_copied_alone_with_torch_only(tmp_path):
-    shutil.copy(ROOT / "teachers.py", tmp_path)
+def test_the_file_works_copied_with_the_two_it_imports_and_torch_only(tmp_path):
+    for name in ("teachers.py", "encoder.py", "safe_files.py"):
+        shutil.copy(ROOT / name, tmp_path)
     save_official(random_encoder(), tmp_path / "t.pt", "s3prl")
     code = (
         "import sys\n"
@@ -520,6 +376,11 @@ def test_the_file_works_copied_alone_with_torch_only(tmp_path):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment(PYTHONPATH=""), capture_output=True, text=True
     )
     assert done.stdout == "[(2, 12, 48), (2, 12, 48)]\n", done.stderr
+
+
+def test_teachers_of_one_name_are_told_apart():
+    names = teachers.short_names(["hubert", "a/hubert.pt", "wavlm_plus", "b/hubert.pt", "folder/"])
+    assert names == ["hubert", "hubert-2", "wavlm_plus", "hubert-3", "folder"]
 
 
 # ---------------------------------------------------------------- downloads

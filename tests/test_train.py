@@ -10,12 +10,24 @@ import sys
 
 import pytest
 import torch
-from conftest import LARGE, ROOT, environment, metrics, noise, random_encoder, run, write_audio
+from conftest import (
+    LARGE,
+    ROOT,
+    environment,
+    flags_of,
+    metrics,
+    noise,
+    on_cpu,
+    random_encoder,
+    refused,
+    run,
+    write_audio,
+)
 
 import data
 import train
+from export import official_state_dict, save_official
 from student import load_student
-from teachers import official_state_dict, save_official
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +50,14 @@ def flags(job, out, **more):
     settings |= dict(
         steps=20, batch_size=8, lr=1e-3, max_seconds=0.5, precision="fp32", dropout=0, workers=0, log_every=5
     )
-    settings |= dict(out=out) | more
-    return [str(part) for key, value in settings.items() for part in (f"--{key.replace('_', '-')}", value)]
+    return flags_of(settings | dict(out=out) | more)
 
 
 def distil(job, out, processes=None, **more):
     """The weights of the student of a whole run: in this process where it is alone, which saves a start of Python."""
     out = job / out
     if processes is None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: False)
-            train.main(flags(job, out, **more))
+        on_cpu(train, flags(job, out, **more))
         return load_student(out / "student.pt").state_dict()
     done = run("train.py", *flags(job, out, **more), cwd=job, processes=processes)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,9 +74,6 @@ def assert_same_student(a, b, tolerance=1e-4):
 def reference(job):
     """The student of 20 steps on one process."""
     return distil(job, "one")
-
-
-# ---------------------------------------------------------------- one run in many ways
 
 
 @pytest.mark.parametrize("processes, accumulate", [(2, 1), (None, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
@@ -152,9 +158,6 @@ def test_a_finished_run_is_left_as_it_is(job, reference):
     assert (job / "one" / "last.pt").read_bytes() == before
 
 
-# ---------------------------------------------------------------- what a run writes
-
-
 def test_metrics_hold_every_heads_terms_and_add_up(job, reference):
     lines = metrics(job / "one")
     assert [line["step"] for line in lines] == [1, 5, 10, 15, 20]
@@ -229,11 +232,6 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert all(a < b for a, b in zip(rates[:69], rates[1:70])) and all(a > b for a, b in zip(rates[69:], rates[70:]))
 
 
-def test_teachers_of_one_name_are_told_apart():
-    names = train.teacher_names(["hubert", "a/hubert.pt", "wavlm_plus", "b/hubert.pt", "folder/"])
-    assert names == ["hubert", "hubert-2", "wavlm_plus", "hubert-3", "folder"]
-
-
 def test_the_recipes_defaults_are_the_papers():
     args = vars(train.parse([]))
     expected = dict(
@@ -245,32 +243,8 @@ def test_the_recipes_defaults_are_the_papers():
     assert args["max_seconds"] * 16000 == 250_000
 
 
-# ---------------------------------------------------------------- the demo
-
-
-def test_the_demo_runs_under_torchrun_in_two_minutes_and_the_loss_falls_by_a_third(demo):
-    folder, printed, seconds = demo
-    assert seconds < 120 and "not the quality of the method" in printed
-    lines = metrics(folder / "runs" / "demo-avg")
-    assert lines[-1]["loss"] < 2 / 3 * lines[0]["loss"]
-    load_student(folder / "runs" / "demo-avg" / "student.pt")
-    assert {path.name for path in (folder / "data" / "demo" / "teachers").iterdir()} == {
-        "hubert.pt",
-        "robust_hubert.pt",
-        "wavlm.pt",
-    }
-
-
-# ---------------------------------------------------------------- bad input
-
-
 def refusal(capsys, arguments):
-    """The one line on stderr with which train.py refuses, in this process."""
-    with pytest.raises(SystemExit) as end:
-        train.main(arguments)
-    line = capsys.readouterr().err
-    assert end.value.code == 2 and line.count("\n") == 1 and line.startswith("train.py: "), line
-    return line
+    return refused(capsys, train, arguments)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,279 @@
+"""A program of ours from its start to its end, alone or as one of torchrun's processes: flags, device, signals, stopping.
+
+README's promises kept here: whatever goes wrong is one line, said once, before anything is lost; all processes end
+together; a signal lets the step in hand be saved; torchrun's restarts find each other.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# torchrun tells every process who it is; a plain `python train.py` is rank 0 of 1.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+DISTRIBUTED = "RANK" in os.environ
+
+
+# ---------------------------------------------------------------- the start and the end
+
+
+def run(main):
+    """A program's last line: main(), where Ctrl-C and a dead process of the loader are no traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        say(f"a process that reads audio died ({error}); the same command resumes")
+        # Not by stop: the other processes may be anywhere. They fail when this one is gone, and torchrun ends them.
+        os._exit(1)
+
+
+def begin():
+    """Joins torchrun's other processes, before anything can go wrong: a process that ended alone, rank 0 might be ended
+    by torchrun before it has said why."""
+    if not DISTRIBUTED or dist.is_initialized():
+        return
+    env, store = os.environ, None
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
+        # After a restart torchrun's store still holds the addresses of the processes before (pytorch issue 135712):
+        # a part of it for each start. With several agents the count differs between them.
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+
+
+def end():
+    """Leaves the other processes; every process comes here together."""
+    if dist.is_initialized():
+        # After the other collectives a barrier: gloo's threads may still hold their tensors, and a thread that lets
+        # go of one while the interpreter ends aborts the process.
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def stop(message, code=2):
+    """Ends the program on every process, with one line on stderr; every process comes here together."""
+    if RANK == 0:
+        say(message)
+    end()
+    sys.exit(code)
+
+
+def warn(message):
+    """A warning on stderr, from rank 0 only."""
+    if RANK == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def say(message):
+    """One line on stderr with the program's name."""
+    print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+
+
+# ---------------------------------------------------------------- flags
+
+
+def parser(description):
+    """An argparse.ArgumentParser whose refusals are one line, said by all processes together."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.error = stop
+    made.exit = _exit
+    return made
+
+
+def _exit(status=0, message=None):
+    """After --help."""
+    end()
+    sys.exit(status)
+
+
+def number(kind, wanted, accepts):
+    """A type of flag: an int or float that `accepts` takes, or else a line that says what is `wanted`."""
+
+    def convert(text):
+        value = kind(text)
+        if not accepts(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {wanted}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse names it where the text is no number
+    return convert
+
+
+count = number(int, "1 or more", lambda n: n >= 1)
+whole = number(int, "0 or more", lambda n: n >= 0)
+positive = number(float, "above 0", lambda x: 0 < x < float("inf"))
+not_negative = number(float, "0 or more", lambda x: 0 <= x < float("inf"))
+below_one = number(float, "0 or more, and below 1", lambda x: 0 <= x < 1)
+share = number(float, "from 0 to 1", lambda x: 0 <= x <= 1)
+
+
+def names(text):
+    """A type of flag: names or paths with commas between them."""
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError("empty")
+    return found
+
+
+def layers(text):
+    """A type of flag: layers with commas between them, such as 4,8,12."""
+    try:
+        found = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: layer numbers with commas, such as 4,8,12") from None
+    if min(found) < 1 or len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: layers count from 1, each once")
+    return found
+
+
+# ---------------------------------------------------------------- agreeing
+
+
+@contextlib.contextmanager
+def together(flag=""):
+    """Around what bad input can spoil: where it raises OSError or ValueError on any process, all stop with that line.
+
+    flag: the setting that the line begins with. No collective may stand within: the others would wait for it.
+    """
+    problem = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        problem = f"{flag}: {error}" if flag else str(error)
+    problem = next((p for p in gather(problem) if p), None)
+    if problem:
+        stop(problem)
+
+
+def gather(value):
+    """The values of all processes, in the order of their ranks."""
+    if not DISTRIBUTED:
+        return [value]
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(*numbers):
+    """The largest of all processes' whole numbers, place by place, so that all go the same way."""
+    largest = torch.tensor(numbers, dtype=torch.int64)
+    if DISTRIBUTED:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def mean(tensor):
+    """The mean over all processes, place by place, of a tensor on the CPU."""
+    if DISTRIBUTED:
+        dist.all_reduce(tensor)
+    return tensor / WORLD_SIZE
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C came; the argument is its number."""
+
+
+@contextlib.contextmanager
+def signals():
+    """Within it SIGTERM and Ctrl-C end nothing: gives the list of those that came. A second Ctrl-C is not waited for."""
+    asked = []
+
+    def on_signal(number, frame):
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def heed(asked):
+    """Raises Interrupted where a signal has come."""
+    if asked:
+        raise Interrupted(asked[0])
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def device(anywhere=False):
+    """This process's GPU where there is one, or the CPU with its share of the threads.
+
+    anywhere: the CPU will do where processes outnumber GPUs; otherwise that stops the program.
+    """
+    if enough_gpus():
+        torch.cuda.set_device(LOCAL_RANK)
+        return torch.device("cuda", LOCAL_RANK)
+    if torch.cuda.is_available() and not anywhere:
+        stop(f"{LOCAL_WORLD_SIZE} processes but {torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+    reuse_memory()
+    if LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(max(1, cores() // LOCAL_WORLD_SIZE))  # 1 is torchrun's default, on any machine
+    return torch.device("cpu")
+
+
+def enough_gpus():
+    return torch.cuda.is_available() and LOCAL_WORLD_SIZE <= torch.cuda.device_count()
+
+
+def cores():
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def precision(asked, device):
+    """ "bf16" or "fp32": what is asked for; "auto" is bf16 where the device computes in it rather than emulating it."""
+    if asked != "auto":
+        return asked
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        native = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    return "bf16" if native else "fp32"
+
+
+def reseed(*numbers):
+    """Seeds torch by these numbers alone, such as seed, step and rank: a resume then needs no generator's state."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def reuse_memory():
+    """For a program that computes on a CPU: memory given back is kept for the next tensor.
+
+    glibc otherwise asks the system for every tensor over 32 MB anew, and clearing its pages took a fifth of a training
+    step of Base teachers. Does nothing where the C library is another one.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: large tensors from the heap too
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: never give the heap's end back
+
+
+def peak_memory(device):
+    """Bytes, at most so far: of the GPU where there is one, else of this process; 0 where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
