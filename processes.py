@@ -28,16 +28,25 @@ DISTRIBUTED = "RANK" in os.environ
 
 def run(main):
     """A program's last line: main(), where Ctrl-C and a dead process of the loader are no traceback."""
+    code = 0
     try:
         main()
+    except SystemExit as end:
+        code = end.code
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        code = 128 + signal.SIGINT
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
         say(f"a process that reads audio died ({error}); the same command resumes")
         # Not by stop: the other processes may be anywhere. They fail when this one is gone, and torchrun ends them.
         os._exit(1)
+    if DISTRIBUTED:
+        # Not by Python's own end: a thread of gloo's that still lets go of a tensor then aborts the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+    sys.exit(code)
 
 
 def begin():
@@ -58,9 +67,7 @@ def begin():
 def end():
     """Leaves the other processes; every process comes here together."""
     if dist.is_initialized():
-        # After the other collectives a barrier: gloo's threads may still hold their tensors, and a thread that lets
-        # go of one while the interpreter ends aborts the process.
-        dist.barrier()
+        dist.barrier()  # none before rank 0 has said all that it has to say
         dist.destroy_process_group()
 
 

@@ -41,6 +41,10 @@ class Metrics:
         if RANK == 0 and args.tensorboard:
             self.board = torch.utils.tensorboard.SummaryWriter(args.out, purge_step=done + 1)
 
+    def close(self):
+        if self.board:
+            self.board.close()
+
     def add(self, l1, cosine):
         """The terms of one part of a step, (heads,) each."""
         self.terms += torch.stack([l1, cosine])

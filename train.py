@@ -157,6 +157,7 @@ def main(arguments=None):
                 until_the_end.enter_context(claimed(args.out))
                 write_config(args, heads)
             metrics = Metrics(args, student.head_names, done, corpus, left_out, device)
+        until_the_end.callback(metrics.close)
         asked = until_the_end.enter_context(processes.signals())
         introduce(args, corpus, batches, names, student, f"{precision} on {WORLD_SIZE} x {device.type}", done)
 
