@@ -73,6 +73,7 @@ def end():
 
 def stop(message, code=2):
     """Ends the program on every process, with one line on stderr; every process comes here together."""
+    begin()  # where the program has not: one process alone might take the others down before the line is said
     if RANK == 0:
         say(message)
     end()
@@ -168,7 +169,7 @@ def together(flag=""):
 
 def gather(value):
     """The values of all processes, in the order of their ranks."""
-    if not DISTRIBUTED:
+    if not dist.is_initialized():
         return [value]
     values = [None] * WORLD_SIZE
     dist.all_gather_object(values, value)
@@ -178,16 +179,17 @@ def gather(value):
 def agree(*numbers):
     """The largest of all processes' whole numbers, place by place, so that all go the same way."""
     largest = torch.tensor(numbers, dtype=torch.int64)
-    if DISTRIBUTED:
+    if dist.is_initialized():
         dist.all_reduce(largest, dist.ReduceOp.MAX)
     return largest.tolist()
 
 
 def mean(tensor):
     """The mean over all processes, place by place, of a tensor on the CPU."""
-    if DISTRIBUTED:
+    if dist.is_initialized():
         dist.all_reduce(tensor)
-    return tensor / WORLD_SIZE
+        tensor = tensor / WORLD_SIZE
+    return tensor
 
 
 class Interrupted(Exception):

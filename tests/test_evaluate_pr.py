@@ -18,7 +18,6 @@ from conftest import ROOT, environment, flags_of, noise, on_cpu, read_symbols, r
 import demo
 import evaluate_pr
 import probe
-import processes
 from states import States
 
 
@@ -347,11 +346,6 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(
     line = refusal(capsys, flags(corpus, **{"out": tmp_path / "out", **change}))
     assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists() and os.listdir(tmp_path / "strange") == ["last.pt"]
-
-
-def test_torchrun_is_refused(corpus, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(processes, "WORLD_SIZE", 2)
-    assert "python, not torchrun" in refusal(capsys, flags(corpus, tmp_path / "out"))
 
 
 def test_a_transcript_without_audio_is_refused_by_file_and_line(corpus, capsys, tmp_path):

@@ -38,6 +38,14 @@ def test_a_machine_without_locks_limits_and_affinity_runs_the_programs(tmp_path)
     assert done.returncode == 0 and "peak memory" in done.stdout, done.stderr
 
 
+def test_an_evaluation_is_refused_under_torchrun_in_one_line_and_runs_as_its_only_process(tmp_path, corpus):
+    flags = flags_of(dict(upstream="fbank", data=corpus, lexicon=corpus / "lexicon.txt", steps=1, workers=0, out="out"))
+    done = run("evaluate_pr.py", *flags, cwd=tmp_path, processes=2)
+    assert done.returncode != 0 and done.stderr.count("evaluate_pr.py: runs as one process") == 1
+    done = run("evaluate_pr.py", *flags, cwd=tmp_path, processes=1)
+    assert done.returncode == 0 and "PER" in done.stdout, done.stderr
+
+
 def test_help_under_torchrun_ends_well(tmp_path):
     done = run("train.py", "--help", cwd=tmp_path, processes=2)
     assert done.returncode == 0 and "--agg" in done.stdout and "destroy_process_group" not in done.stderr
