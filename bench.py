@@ -65,8 +65,8 @@ def parse(arguments=None):
 
 def _seconds(text):
     seconds = [float(number) for number in text.split(",")]
-    if min(seconds) < 0.2:
-        raise argparse.ArgumentTypeError(f"{text}: utterances of 0.2 seconds or more")
+    if not all(0.2 <= number <= 3600 for number in seconds):
+        raise argparse.ArgumentTypeError(f"{text}: utterances of 0.2 to 3600 seconds")
     return seconds
 
 
@@ -387,6 +387,11 @@ def main(arguments=None):
             import transformers  # noqa: F401
         except ImportError:
             processes.stop("--peer needs a package that is not there: pip install transformers")
+    if args.profile:
+        with processes.together("--profile"):
+            if not os.path.isdir(os.path.dirname(args.profile) or "."):
+                raise FileNotFoundError(f"{args.profile}: no such folder; make it first")
+            open(args.profile, "ab").close()  # torch.profiler says nothing where it cannot write
     device = processes.device()
     if args.loader:
         with processes.together():

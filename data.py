@@ -5,9 +5,11 @@ soundfile.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -33,10 +35,11 @@ class Corpus:
     """Utterances and their lengths: what a manifest says.
 
     root: folder that the paths are relative to; paths: list of str; samples: (utterances,) int64 at 16 kHz.
+    where: what messages name, the root if nothing else.
     left_out: {path: reason} of the files that cannot be used.
     """
 
-    def __init__(self, root, paths, samples):
+    def __init__(self, root, paths, samples, where=None):
         self.root, samples = root, np.asarray(samples, np.int64)
         usable = samples >= SHORTEST
         self.paths = [path for path, good in zip(paths, usable) if good]
@@ -46,9 +49,9 @@ class Corpus:
             for i in np.flatnonzero(~usable)
         }
         self.unreadable = int((samples <= 0).sum())
-        check_left_out(self.unreadable, len(paths), root)
+        check_left_out(self.unreadable, len(paths), where or root)
         if not self.paths:
-            raise ValueError(f"{root}: no audio to train on")
+            raise ValueError(f"{where or root}: no audio to train on")
 
     def __len__(self):
         return len(self.paths)
@@ -70,7 +73,7 @@ class Corpus:
 def check_left_out(unreadable, total, where):
     """Raises ValueError where more than 1% of the files cannot be read: then it is not the files."""
     if unreadable > 0.01 * total:
-        raise ValueError(f"{where}: {unreadable} of {total} audio files cannot be read, over 1%; is the copy whole?")
+        raise ValueError(f"{where}: {unreadable} of {total} audio files cannot be read, over 1%; mend or remove them")
 
 
 # ---------------------------------------------------------------- batches
@@ -177,6 +180,11 @@ def resampled_length(samples, rate):
     return -(-samples * SAMPLE_RATE // rate)
 
 
+def _name(path):
+    """As soundfile takes it: a name that is not UTF-8 too."""
+    return os.fspath(path) if os.name == "nt" else os.fsencode(path)
+
+
 def read_audio(path, start=0, samples=None, expected=None):
     """(samples,) float32 at 16 kHz, channels averaged, from sample `start` on (both counted at 16 kHz).
 
@@ -185,7 +193,7 @@ def read_audio(path, start=0, samples=None, expected=None):
     Raises soundfile.SoundFileError or OSError where the file cannot be read, ValueError where it ends too early, is
     not as long as expected, or holds numbers that are not finite.
     """
-    with soundfile.SoundFile(path) as file:
+    with soundfile.SoundFile(_name(path)) as file:
         rate = file.samplerate
         if expected is not None and resampled_length(file.frames, rate) != expected:
             raise ValueError(f"has changed: {resampled_length(file.frames, rate)} samples, {expected} before")
@@ -213,16 +221,17 @@ def read_audio(path, start=0, samples=None, expected=None):
 def find_corpus(data, splits=LIBRISPEECH_960):
     """The Corpus of a folder's sub-folders `splits`, or of a fairseq manifest.
 
-    data: a folder, or a `.tsv` whose first line is the root folder and every other one `path<tab>samples`.
-        A folder is scanned once, the headers read in threads, and kept as such a manifest in torch.hub's cache: it
-        is scanned again when a folder in it has changed. One process a machine scans while the others wait.
+    data: a folder, or a `.tsv` whose first line is the root folder, from the manifest's own where it is relative, and
+        every other one `path<tab>samples`. A folder's headers are read in threads, and the lengths kept as such a
+        manifest in torch.hub's cache: only files that are new, have changed, or could not be read are looked at again.
+        One process a machine scans while the others wait.
     splits: sub-folders of `data`; "." is the folder itself.
     Raises FileNotFoundError and ValueError with one line.
     """
     if str(data).endswith(".tsv"):
         if not os.path.isfile(data):
             raise FileNotFoundError(f"{data}: no such manifest; give a folder of audio or a .tsv")
-        return Corpus(*read_manifest(data))
+        return Corpus(*read_manifest(data), where=data)
     folders = [os.path.join(data, split) for split in splits]
     if not os.path.isdir(data):
         raise FileNotFoundError(f"{data}: no such folder of audio; README says how LibriSpeech is downloaded")
@@ -236,24 +245,54 @@ def find_corpus(data, splits=LIBRISPEECH_960):
     os.makedirs(cache, exist_ok=True)
     manifest = os.path.join(cache, f"{os.path.basename(root)}-{name}.tsv")
     with locked(manifest + ".lock"):
-        if not _is_current(manifest, root, splits):
-            started = time.time()
-            paths = sorted({path for split in splits for path in _audio_files(root, split)})
-            if not paths:
-                raise ValueError(f"{data}: no audio files in {', '.join(splits)}")
-            write_manifest(manifest, root, paths, read_lengths(root, paths))
-            os.utime(manifest, (started, started))  # anything that changed during the scan counts as newer
-    return Corpus(*read_manifest(manifest))
+        started, known = time.time(), _known_lengths(manifest, root)
+        found = {path for split in splits for path in _audio_files(root, split)}
+        unlisted = {path for path in found if "\n" in path or "\r" in path}  # a manifest has one path a line
+        paths = sorted(found - unlisted)
+        if not paths:
+            raise ValueError(f"{data}: no audio files in {', '.join(splits)}")
+        new = [path for path in paths if path not in known]
+        known |= zip(new, read_lengths(root, new))
+        corpus = Corpus(root, paths, [known[path] for path in paths], where=data)  # a scan that is refused is not kept
+        if new:
+            write_manifest(manifest, root, paths, [known[path] for path in paths])
+            # What changed during the scan, by a clock that lags a little, counts as newer.
+            os.utime(manifest, (started - 0.05, started - 0.05))
+    corpus.left_out |= dict.fromkeys(sorted(unlisted), "a line break in its name")
+    return corpus
+
+
+def _known_lengths(manifest, root):
+    """{path: samples} of the files in a kept manifest that could be read and have not changed since."""
+    try:
+        written, (_, paths, samples) = os.path.getmtime(manifest), read_manifest(manifest)
+    except (OSError, ValueError):
+        return {}
+
+    def unchanged(part):
+        found = {}
+        for path, length in part:
+            with contextlib.suppress(OSError):
+                about = os.stat(os.path.join(root, path))
+                if length > 0 and max(about.st_mtime, about.st_ctime) < written:
+                    found[path] = length
+        return found
+
+    known, listed = {}, list(zip(paths, samples))
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a network disk answers many questions at once
+        for found in pool.map(unchanged, [listed[i : i + 1000] for i in range(0, len(listed), 1000)]):
+            known |= found
+    return known
 
 
 def read_manifest(path):
     """(root, paths, samples) of a fairseq manifest. Raises ValueError naming the line that is not `path<tab>samples`."""
     paths, samples = [], []
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        root = file.readline().rstrip("\r\n")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        root = os.path.join(os.path.dirname(path), file.readline().rstrip("\r\n"))
         for number, line in enumerate(file, start=2):
             name, tab, count = line.rstrip("\r\n").rpartition("\t")
-            if not tab or not count.isdigit():
+            if not tab or not re.fullmatch("[0-9]{1,15}", count):
                 raise ValueError(f"{path}, line {number}: not 'path<tab>samples' but {line.strip()[:60]!r}")
             paths.append(name)
             samples.append(int(count))
@@ -273,7 +312,7 @@ def read_lines(path):
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text in UTF-8") from None
@@ -291,8 +330,7 @@ def files_under(root, folder):
 def _audio_files(root, split):
     for path in files_under(root, split):
         name = os.path.basename(path)
-        audio = os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
-        if audio and "\n" not in path:  # a manifest has one path a line
+        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
             yield path
 
 
@@ -303,31 +341,12 @@ def _seen(folder, seen):
     return known
 
 
-def _is_current(manifest, root, splits):
-    """Whether no folder has changed since the manifest was written: a new or removed file changes its folder's time."""
-    if not os.path.exists(manifest):
-        return False
-    written = os.path.getmtime(manifest)
-    with open(manifest, encoding="utf-8", errors="surrogateescape") as file:
-        file.readline()
-        folders = {os.path.dirname(line.rpartition("\t")[0]) for line in file}
-    folders |= {os.path.normpath(split) for split in splits}
-    for folder in list(folders):
-        while os.path.dirname(folder) and folder not in splits:
-            folder = os.path.dirname(folder)
-            folders.add(folder)
-    try:
-        return all(os.stat(os.path.join(root, folder)).st_mtime <= written for folder in folders)
-    except OSError:
-        return False
-
-
 def read_lengths(root, paths):
     """Samples at 16 kHz of each file, from its header; 0 where it cannot be read."""
 
     def length(path):
         try:
-            info = soundfile.info(os.path.join(root, path))
+            info = soundfile.info(_name(os.path.join(root, path)))
             return resampled_length(info.frames, info.samplerate)
         except (soundfile.SoundFileError, OSError, ValueError, TypeError):
             return 0

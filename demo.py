@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 import torch
 
-from data import SAMPLE_RATE, read_audio
+from data import SAMPLE_RATE, files_under, read_audio
 from encoder import EncoderConfig, SpeechEncoder
 from export import save_official
 from safe_files import locked, write_text
@@ -37,7 +37,7 @@ def prepare(folder=DATA):
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
     with locked(folder + ".lock"):
         if os.path.isdir(folder):
-            return
+            return check(folder)
         shutil.rmtree(folder + ".partial", ignore_errors=True)
         write_corpus(folder + ".partial")
         os.makedirs(f"{folder}.partial/teachers")
@@ -53,11 +53,26 @@ def prepare(folder=DATA):
         os.rename(folder + ".partial", folder)
 
 
+def check(folder=DATA):
+    """Raises ValueError where the folder is not a whole demo."""
+    needed = [f"teachers/{name}.pt" for name in TEACHERS] + ["lexicon.txt"]
+    missing = [name for name in needed if not os.path.isfile(os.path.join(folder, name))]
+    for split, (utterances, _) in SPLITS.items():
+        found = sum(path.endswith(".flac") for path in files_under(folder, split))
+        missing += [f"{utterances - found} of {utterances} files of {split}"] if found < utterances else []
+    if missing:
+        raise ValueError(
+            f"{folder}: not a whole demo, {', '.join(missing)} missing; delete it, and --demo makes it again"
+        )
+
+
 # ---------------------------------------------------------------- what evaluate_*.py --demo needs
 
 
 def student():
     """The demo's corpus and student, made by train.py where they are not there yet."""
+    if os.path.isdir(DATA):
+        check()
     if not (os.path.exists(STUDENT) and os.path.isdir(DATA)):
         print(f"demo: there is no {STUDENT} yet; python train.py --demo makes it", flush=True)
         train = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")

@@ -14,7 +14,7 @@ import demo
 import probe
 import processes
 import report
-from evaluate_pr import ctc_greedy, ctc_loss, edits, error_rows, kinds_of_errors, read_split, too_short
+from evaluate_pr import ctc_greedy, ctc_loss, edits, error_rows, kinds_of_errors, read_splits, too_short
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a symbol is its place here, from 1; 0 is CTC's blank
 
@@ -129,12 +129,14 @@ class CharacterHead(nn.Module):
 
 
 def main(arguments=None):
+    processes.begin()
     args = parse(arguments)
     device = processes.device()
     if args.demo:
-        demo.student()
+        with processes.together():
+            demo.student()
     with processes.together("--data, --splits"):
-        splits = [read_split(args.data, name, spell) for name in args.splits]
+        splits = read_splits(args.data, args.splits, spell)
     with processes.together():
         upstream = probe.Upstream(args.upstream, device, args.precision)
     short = too_short(upstream, splits)
@@ -146,6 +148,7 @@ def main(arguments=None):
         args,
         upstream,
         splits,
+        symbols=CHARACTERS,
         metric="WER",
         make_head=lambda dim: CharacterHead(dim, args.hidden),
         loss=ctc_loss,

@@ -109,11 +109,13 @@ def read_folds(root, rows, seed):
 
 
 def main(arguments=None):
+    processes.begin()
     args = parse(arguments)
     device = processes.device()
     if args.demo:
-        demo.student()
-        demo.emotions()
+        with processes.together():
+            demo.student()
+            demo.emotions()
     with processes.together():
         rows = read_manifest(args.manifest) if args.manifest else read_iemocap(args.data)
         classes, folds = read_folds(*rows, args.seed)
@@ -131,6 +133,7 @@ def main(arguments=None):
             here,
             upstream,
             splits,
+            symbols=classes,
             metric="accuracy",
             make_head=lambda dim: MeanHead(dim, len(classes)),
             loss=class_loss,

@@ -11,6 +11,7 @@ Running the same command again resumes the run.
 import collections
 import functools
 import os
+import re
 
 import numpy as np
 import torch
@@ -50,21 +51,24 @@ def parse(arguments=None):
 def read_lexicon(paths):
     """{WORD: [phone, ...]}, the first pronunciation of each word, of the files in their order; `;;;` begins a comment.
 
+    Kaldi's lexiconp.txt, with a probability after every word, is understood; there too the first line of a word counts.
     Raises FileNotFoundError and ValueError naming the file and line.
     """
-    lexicon = {}
+    lexicon, probability = {}, re.compile(r"[01]?\.\d+|[01]\.?|\d\.?\d*e-\d+")
     for path in paths:
         try:
             lines = data.read_lines(path)
         except FileNotFoundError:
             where = "https://www.openslr.org/resources/11/librispeech-lexicon.txt"
             raise FileNotFoundError(f"{path}: no such lexicon; give --lexicon, LibriSpeech's is {where}") from None
-        for number, line in lines:
-            word, *phones = line.split()
-            if word.startswith(";;;"):
-                continue
+        rows = [(number, *line.split()) for number, line in lines if not line.startswith(";;;")]
+        kaldi = all(probability.fullmatch(row[2]) for row in rows if len(row) > 2)  # WORD 0.5 PHONE PHONE ...
+        for number, word, *phones in rows:
+            if not kaldi and any(probability.fullmatch(phone) and "." in phone for phone in phones):
+                raise ValueError(f"{path}, line {number}: a probability here, but not on every line of the lexicon")
+            phones = phones[1:] if kaldi else phones
             if not phones:
-                raise ValueError(f"{path}, line {number}: not 'WORD PHONE PHONE ...' but {line.strip()[:60]!r}")
+                raise ValueError(f"{path}, line {number}: not 'WORD PHONE PHONE ...' but {' '.join([word, *phones])!r}")
             lexicon.setdefault(word, phones)
     if not lexicon:
         raise ValueError(f"{path}: an empty lexicon")
@@ -116,6 +120,17 @@ def read_split(folder, split, spell):
         raise ValueError(f"{os.path.join(folder, split)}: no transcript can be used: {example}")
     # All that is spoken, so that tasks which leave out others of the utterances share their kept states.
     return probe.Split(split, corpus.part(spoken), usable, ids, labels, left_out)
+
+
+def read_splits(folder, names, spell):
+    """A probe.Split of each name. Raises ValueError where two share a file: what is tested on was trained on."""
+    splits, of = [read_split(folder, name, spell) for name in names], {}
+    for split in splits:
+        for path in split.corpus.paths:
+            real = os.path.realpath(os.path.join(split.corpus.root, path))
+            if of.setdefault(real, split) is not split:
+                raise ValueError(f"{of[real].name} and {split.name} share files, such as {path}")
+    return splits
 
 
 # ---------------------------------------------------------------- the probe's head and CTC
@@ -219,17 +234,19 @@ def error_rows(result, symbols):
 
 
 def main(arguments=None):
+    processes.begin()
     args = parse(arguments)
     device = processes.device()
     if args.demo:
-        demo.student()
+        with processes.together():
+            demo.student()
     with processes.together():
         lexicon = read_lexicon(args.lexicon)
         phones = sorted({phone for pronunciation in lexicon.values() for phone in pronunciation})
         numbers = {phone: number for number, phone in enumerate(phones, start=1)}
         spell = functools.partial(pronounce, lexicon=lexicon, numbers=numbers)
     with processes.together("--data, --splits"):
-        splits = [read_split(args.data, name, spell) for name in args.splits]
+        splits = read_splits(args.data, args.splits, spell)
     with processes.together():
         upstream = probe.Upstream(args.upstream, device, args.precision)
     unknown, short = [unknown_words(split) for split in splits], too_short(upstream, splits)
@@ -241,6 +258,7 @@ def main(arguments=None):
         args,
         upstream,
         splits,
+        symbols=phones,
         metric="PER",
         make_head=lambda dim: PhoneHead(dim, len(phones)),
         loss=ctc_loss,

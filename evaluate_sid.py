@@ -8,7 +8,6 @@ Where this is not s3prl: a training crop of 8 seconds is cut from the whole utte
 waveform, so that the states can be kept. Running the same command again resumes the run.
 """
 
-import collections
 import csv
 import os
 
@@ -28,20 +27,18 @@ SPLITS = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.tx
 def parse(arguments=None):
     """Settings from the command line. Bad ones end the program with one line and exit code 2."""
     parser = probe.parser(__doc__.split("\n")[0])
+    crop = processes.number(float, "from 0.1 to 3600", lambda seconds: 0.1 <= seconds <= 3600)
     parser.set_defaults(data="data/VoxCeleb1", steps=200_000, lr=1e-4, eval_every=4000)
     parser.add_argument(
         "--manifest", help="a .csv of path,label,split (train, dev, test) instead of VoxCeleb1; paths from its folder"
     )
     parser.add_argument(
-        "--crop", type=float, default=8.0, help="seconds of an utterance that a training step sees at most"
+        "--crop", type=crop, default=8.0, help="seconds of an utterance that a training step sees at most"
     )
     if parser.parse_known_args(arguments)[0].demo:
         parser.set_defaults(upstream=demo.STUDENT, manifest=demo.SPEAKERS)
         parser.set_defaults(steps=1500, batch_size=16, lr=5e-3, log_every=500, eval_every=250)
-    args = probe.finish(parser.parse_args(arguments), "sid")
-    if not args.crop >= 0.1:
-        processes.stop(f"argument --crop: {args.crop}: must be 0.1 or more")
-    return args
+    return probe.finish(parser.parse_args(arguments), "sid")
 
 
 # ---------------------------------------------------------------- tables of files
@@ -112,7 +109,11 @@ def read_table(path, columns):
             rows = [row | {"line": reader.line_num} for row in reader]
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path}: not a .csv in UTF-8 ({error})") from None
-    missing = [column for column in columns if column not in (reader.fieldnames or [])]
+    head = reader.fieldnames or []
+    twice = [column for column in columns if head.count(column) > 1]
+    if twice:
+        raise ValueError(f"{path}, line 1: two columns {twice[0]}; which one counts?")
+    missing = [column for column in columns if column not in head]
     if missing:
         raise ValueError(f"{path}, line 1: no column {', '.join(missing)}; it needs {','.join(columns)}")
     for row in rows:
@@ -131,9 +132,11 @@ def labelled_corpus(root, paths, where):
     for path, line in zip(paths, where):
         if not os.path.isfile(os.path.join(root, path)):
             raise ValueError(f"{line}: no file {os.path.join(root, path)}")
-    twice = [path for path, count in collections.Counter(paths).items() if count > 1]
-    if twice:
-        raise ValueError(f"{where[paths.index(twice[0])]}: {twice[0]} is named twice")
+    first = {}
+    for path, line in zip(paths, where):
+        earlier = first.setdefault(os.path.realpath(os.path.join(root, path)), line)
+        if earlier is not line:
+            raise ValueError(f"{line}: {path} is named twice, first in {earlier}")
     corpus = data.Corpus(root, paths, data.read_lengths(root, paths))
     return corpus, {path: place for place, path in enumerate(corpus.paths)}
 
@@ -187,11 +190,13 @@ def right(labels, predictions):
 
 
 def main(arguments=None):
+    processes.begin()
     args = parse(arguments)
     device = processes.device()
     if args.demo:
-        demo.student()
-        demo.speakers()
+        with processes.together():
+            demo.student()
+            demo.speakers()
     with processes.together():
         speakers, splits = read_splits(*(read_manifest(args.manifest) if args.manifest else read_iden_split(args.data)))
         upstream = probe.Upstream(args.upstream, device, args.precision)
@@ -203,6 +208,7 @@ def main(arguments=None):
         args,
         upstream,
         splits,
+        symbols=speakers,
         metric="accuracy",
         make_head=lambda dim: MeanHead(dim, len(speakers), upstream.frames(int(args.crop * 16000))),
         loss=class_loss,

@@ -164,10 +164,12 @@ def model_card(student, name, about=None):
 
 def main(arguments=None):
     parser = processes.parser("Write a student as a transformers HuBERT folder.")
-    parser.add_argument("student", help="student.pt that train.py wrote")
+    parser.add_argument("student", help="student.pt that train.py wrote, or its folder")
     parser.add_argument("--to", required=True, metavar="DIR", help="new folder for config.json, weights and model card")
     args = parser.parse_args(arguments)
     with processes.together():
+        if os.path.isdir(args.student):
+            args.student = os.path.join(args.student, "student.pt")
         write_transformers(load_student(args.student), args.to, load_safely(args.student))
     print(f'{args.to}: transformers.HubertModel.from_pretrained("{args.to}") loads it; README.md is its model card')
 

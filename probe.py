@@ -10,7 +10,6 @@ What a task is stands in its evaluate_*.py; how states are kept, in states.py.
 
 import argparse
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -30,11 +29,12 @@ import report
 from safe_files import check_settings, claimed, newest_save, write_whole
 from states import States, by_length, keep_states
 from student import load_student
-from teachers import TEACHERS, load_teacher
+from teachers import TEACHERS, digest, load_teacher
 
 FORMAT = "ekd-probe-1"
 AT_ONCE = 160 * 16000  # samples, with padding, that go through the upstream together: its convolutions need the memory
-FREE = {"out", "cache", "cache_memory", "workers", "log_every"}  # settings that may change when a run is resumed
+# Settings that may change when a run is resumed. Upstream and data are known by what they are, not by their paths.
+FREE = {"out", "cache", "cache_memory", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
 
 
 # ---------------------------------------------------------------- the frozen upstream
@@ -83,14 +83,11 @@ class Upstream:
         self.name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
         self.encoder = _load_encoder(path, self.device)
         self.frames = self.encoder.frames
-        self.states, self.dim, sizes = 1, 240, "fbank"
-        if path != "fbank":
+        if path == "fbank":
+            self.states, self.dim, self.digest = 1, 240, hashlib.sha256(b"fbank").hexdigest()[:16]
+        else:
             config = self.encoder.config
-            self.states, self.dim, sizes = config.layers + 1, config.dim, str(dataclasses.asdict(config))
-        digest = hashlib.sha256(sizes.encode())
-        for weight in self.encoder.state_dict().values():
-            digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-        self.digest = digest.hexdigest()[:16]
+            self.states, self.dim, self.digest = config.layers + 1, config.dim, digest(self.encoder)
 
     @torch.no_grad()
     def __call__(self, waveforms, lengths):
@@ -194,7 +191,7 @@ def parser(description, splits=None):
     add("--cache", metavar="DIR", default=None, help="keep the upstream's states in files there, for this run and others")
     add("--cache-memory", type=processes.share, default=0.5, help="without --cache: share of the free memory that states may take; if they need more, they are computed for every batch again")
     add("--workers", type=processes.whole, default=argparse.SUPPRESS, help="processes that read audio or states (default: up to 4)")
-    add("--seed", type=processes.whole, default=0, help="of the probe's first weights and the data's order")
+    add("--seed", type=processes.seed, default=0, help="of the probe's first weights and the data's order")
     add("--log-every", type=processes.count, default=100, help="steps between lines of progress")
     add("--eval-every", type=processes.count, default=1000, help="steps between scores on the second split, each one saved")
     add("--demo", action="store_true", help="synthetic speech and the demo's student: shows the machinery in two minutes")
@@ -208,6 +205,8 @@ def finish(args, task):
         processes.stop("runs as one process; start it with python, not torchrun")
     if not args.upstream:
         processes.stop("argument --upstream: missing; give a student.pt, a teacher's name or checkpoint, or fbank")
+    if os.path.isfile(os.path.join(args.upstream, "student.pt")):  # the folder of a run
+        args.upstream = os.path.join(args.upstream, "student.pt")
     if len(getattr(args, "splits", "123")) != 3:
         three = "three are needed, to train, to choose the best step, to test"
         processes.stop(f"argument --splits: {','.join(args.splits)}: {three}")
@@ -216,16 +215,19 @@ def finish(args, task):
         args.out = os.path.join(folder if name == "student.pt" else f"runs/{os.path.splitext(name)[0]}", task)
     if not hasattr(args, "workers"):
         args.workers = min(4, processes.cores())
+    args.workers = processes.readers(args.workers)
     return args
 
 
 # ---------------------------------------------------------------- training
 
 
-def evaluate(args, upstream, splits, *, metric, make_head, loss, decode, count, states=None, higher_is_better=False):
+def evaluate(
+    args, upstream, splits, *, symbols, metric, make_head, loss, decode, count, states=None, higher_is_better=False
+):
     """Trains a probe on the first split, takes its best step on the second, and scores that step on the third.
 
-    make_head(dim): an nn.Module, (batch, frames, dim) and frames (batch,) to outputs.
+    symbols: names of what the labels number. make_head(dim): an nn.Module, (batch, frames, dim) and frames (batch,) to outputs.
     loss(outputs, frames, labels): one number. decode(outputs, frames): a prediction for each utterance.
     count(labels, predictions): two (utterances,) arrays, whose sums' quotient is the score named `metric`.
     states: {corpus: States} of the splits, where they are kept already.
@@ -233,7 +235,9 @@ def evaluate(args, upstream, splits, *, metric, make_head, loss, decode, count, 
     (its whole result, None). Started again after an interruption, it goes on where it was.
     """
     states = states or {split.corpus: States(upstream, split.corpus) for split in splits}
+    args.precision = upstream.precision  # "auto" resolved: a resume on another device is told
     fingerprints = {"upstream": upstream.digest} | {split.name: split.fingerprint() for split in splits}
+    fingerprints["symbols"] = hashlib.sha256("\n".join(symbols).encode()).hexdigest()[:16]
     with processes.together():
         run = load_run(args, fingerprints)
         finished = os.path.join(args.out, "result.json")
@@ -370,7 +374,8 @@ def load_run(args, fingerprints):
     if run.get("format") != FORMAT:
         raise ValueError(f"{args.out}: holds saves that are not a probe's; give --out another folder")
     check_settings(args.out, run["settings"], vars(args), FREE)
-    changed = [name for name, value in fingerprints.items() if run["fingerprints"].get(name) != value]
+    before = run["fingerprints"]  # the symbols were not always among them
+    changed = [name for name, value in fingerprints.items() if before.get(name, value) != value]
     if changed:
         raise ValueError(f"{args.out}: not the same any more: {', '.join(changed)}; restore it, or give another --out")
     if warning:

@@ -10,25 +10,44 @@ import ctypes
 import os
 import signal
 import sys
+import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-# torchrun tells every process who it is; a plain `python train.py` is rank 0 of 1.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-DISTRIBUTED = "RANK" in os.environ
+
+def _who(environment):
+    """((rank, local rank, processes, processes on this machine) as torchrun says them, what is wrong with them or "")."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    there = [name for name in names if name in environment]
+    if not there:  # a plain `python train.py` is rank 0 of 1
+        return (0, 0, 1, 1), ""
+    lacking = [name for name in (*names, "MASTER_ADDR", "MASTER_PORT") if name not in environment]
+    if lacking:
+        what = f"the environment has {', '.join(there)} but not {', '.join(lacking)}"
+        return (0, 0, 1, 1), f"{what}; start with torchrun, or unset {', '.join(there)}"
+    for name in (*names, "MASTER_PORT"):
+        if not (environment[name].isascii() and environment[name].isdigit()):
+            return (0, 0, 1, 1), f"the environment has {name}={environment[name]!r}, not a number; torchrun sets it"
+    return tuple(int(environment[name]) for name in names), ""
+
+
+(RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE), _WRONG = _who(os.environ)
+DISTRIBUTED = "RANK" in os.environ and not _WRONG
 
 
 # ---------------------------------------------------------------- the start and the end
 
 
-def run(main):
-    """A program's last line: main(), where Ctrl-C and a dead process of the loader are no traceback."""
+def run(main, less_memory="a smaller --batch-size"):
+    """A program's last line: main(), where Ctrl-C, a dead process of the loader and a full GPU are no traceback.
+
+    less_memory: the setting that takes less of it.
+    """
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a path need not be text that the terminal can show
     try:
         main()
     except SystemExit as end:
@@ -36,10 +55,15 @@ def run(main):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        say(f"a process that reads audio died ({error}); the same command resumes")
         # Not by stop: the other processes may be anywhere. They fail when this one is gone, and torchrun ends them.
+        if isinstance(error, torch.OutOfMemoryError):
+            time.sleep(5 if RANK else 0)  # where all are out of memory, rank 0 says so and torchrun ends the others
+            say(f"out of GPU memory; {less_memory} takes less, and the same command with it resumes")
+        elif any(reader in str(error) for reader in ("DataLoader worker", "Pin memory thread")):
+            say(f"a process that reads audio died ({error}); the same command resumes")
+        else:
+            raise
+        sys.stdout.flush()
         os._exit(1)
     if DISTRIBUTED:
         # Not by Python's own end: a thread of gloo's that still lets go of a tensor then aborts the process.
@@ -52,6 +76,9 @@ def run(main):
 def begin():
     """Joins torchrun's other processes, before anything can go wrong: a process that ended alone, rank 0 might be ended
     by torchrun before it has said why."""
+    if _WRONG:
+        say(_WRONG)
+        sys.exit(2)
     if not DISTRIBUTED or dist.is_initialized():
         return
     env, store = os.environ, None
@@ -123,6 +150,7 @@ def number(kind, wanted, accepts):
 
 count = number(int, "1 or more", lambda n: n >= 1)
 whole = number(int, "0 or more", lambda n: n >= 0)
+seed = number(int, "from 0 to 2^64 - 1", lambda n: 0 <= n < 2**64)
 positive = number(float, "above 0", lambda x: 0 < x < float("inf"))
 not_negative = number(float, "0 or more", lambda x: 0 <= x < float("inf"))
 below_one = number(float, "0 or more, and below 1", lambda x: 0 <= x < 1)
@@ -221,6 +249,14 @@ def heed(asked):
 
 
 # ---------------------------------------------------------------- the machine
+
+
+def readers(asked):
+    """How many processes that read audio this process may have: what is asked for, four a core at most."""
+    most = 4 * cores()
+    if asked > most:
+        warn(f"--workers {asked}: {most} are taken, four for each core")
+    return min(asked, most)
 
 
 def device(anywhere=False):

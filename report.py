@@ -199,8 +199,11 @@ TASKS = {
 
 
 def table(folders):
-    """Lines of a table of the result.json in the folders: upstreams by tasks, laid out as in the paper. Raises as open does."""
-    scores = {}
+    """Lines of a table of the result.json in the folders: upstreams by tasks, laid out as in the paper.
+
+    An upstream is known by its digest, wherever it lay. Raises FileNotFoundError and ValueError.
+    """
+    scores, paths = {}, {}
     for folder in folders:
         path = os.path.join(folder, "result.json")
         try:
@@ -208,19 +211,24 @@ def table(folders):
                 result = json.load(file)
             metric, (low, high) = result["metric"], result["interval"]
             cell = f"{result[metric.lower()]:.2%} ({low:.2%} to {high:.2%})"
-            upstream, task = result["upstream"]["path"], (TASKS[result["task"]], metric)
+            upstream, task = result["upstream"]["digest"], (TASKS[result["task"]], metric)
+            name = paths.setdefault(upstream, result["upstream"]["path"])
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{path}: no such result; give folders that an evaluate_*.py wrote") from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: not the result of an evaluate_*.py") from None
         if task in scores.setdefault(upstream, {}):
-            raise ValueError(f"{path}: a second {task[0]} of {upstream}; give one")
+            raise ValueError(f"{path}: a second {task[0]} of {name}; give one")
         scores[upstream][task] = cell
     order = list(TASKS.values())
     tasks = sorted({task for row in scores.values() for task in row}, key=lambda task: order.index(task[0]))
     arrows = {"accuracy": "up"}
     head = ["upstream", *(f"{task} ({metric}, {arrows.get(metric, 'down')})" for task, metric in tasks)]
-    rows = [head] + [[upstream, *(row.get(task, "-") for task in tasks)] for upstream, row in scores.items()]
+    many = {upstream for upstream, path in paths.items() if list(paths.values()).count(path) > 1}
+    rows = [head]
+    for upstream, row in scores.items():
+        name = f"{paths[upstream]} ({upstream[:6]})" if upstream in many else paths[upstream]
+        rows.append([name, *(row.get(task, "-") for task in tasks)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]

@@ -119,7 +119,7 @@ def check_settings(folder, before, now, free):
     differ = [
         f"--{key.replace('_', '-')} was {_text(before[key])}, is {_text(value)}"
         for key, value in now.items()
-        if key not in free and key in before and before[key] != value
+        if key not in free and key in before and before[key] != value and before[key] != "auto"  # as kept before
     ]
     if differ:
         what = f"holds a run with other settings: {'; '.join(differ)}"

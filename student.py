@@ -84,10 +84,12 @@ def save_student(student, file, **about):
 
 
 def load_student(path, device="cpu"):
-    """The Student in a student.pt that train.py wrote, on `device`, in eval mode.
+    """The Student in a student.pt that train.py wrote, or in the folder of a run, on `device`, in eval mode.
 
     Raises FileNotFoundError where there is none, ValueError where the file is something else.
     """
+    if os.path.isdir(path):
+        path = os.path.join(path, "student.pt")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such student; train.py writes OUT/student.pt")
     try:

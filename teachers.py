@@ -7,6 +7,8 @@ Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900; RobustHuBERT is the one
 Works with encoder.py and safe_files.py beside it, and torch.
 """
 
+import dataclasses
+import hashlib
 import http.client
 import json
 import os
@@ -113,6 +115,14 @@ def load_teacher(name_or_path, device="cpu"):
     return encoder.to(device).eval().requires_grad_(False)
 
 
+def digest(encoder):
+    """16 characters that change with any weight or size of a SpeechEncoder."""
+    found = hashlib.sha256(str(dataclasses.asdict(encoder.config)).encode())
+    for weight in encoder.state_dict().values():
+        found.update(weight.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
 def short_names(paths):
     """A short name for each teacher, for heads and metrics: the file's without its ending, numbered where it recurs."""
     stems = [os.path.splitext(os.path.basename(os.path.normpath(path)))[0] for path in paths]
@@ -180,6 +190,10 @@ def _read_checkpoint(path):
         for name in ("model.safetensors", "pytorch_model.bin"):
             if os.path.exists(os.path.join(path, name)) and os.path.exists(os.path.join(path, "config.json")):
                 return _read_checkpoint(os.path.join(path, name))
+        if os.path.exists(os.path.join(path, "student.pt")):
+            raise ValueError(
+                f"{path}: the folder of a run; as a teacher give the folder that export.py writes of its student.pt"
+            )
         raise ValueError(f"{path}: a folder needs config.json with model.safetensors or pytorch_model.bin")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such teacher; give a checkpoint's path or one of {', '.join(TEACHERS)}")
@@ -187,6 +201,8 @@ def _read_checkpoint(path):
     content = _read_file(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not a HuBERT or WavLM checkpoint")
+    if str(content.get("format")).startswith("ekd-student"):
+        raise ValueError(f"{path}: a student; as a teacher give the folder that export.py writes of it")
     if "model_weight" in content:  # s3prl
         return content["model_weight"], _plain(content.get("model_cfg")), _plain(content.get("task_cfg"))
     if isinstance(content.get("model"), dict):  # fairseq; Microsoft's cfg and the older args are flat
@@ -202,7 +218,7 @@ def _read_checkpoint(path):
 def _read_json(folder, name):
     path = os.path.join(folder, name)
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return _plain(json.load(file))
     except FileNotFoundError:
         return {}

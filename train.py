@@ -26,10 +26,11 @@ from processes import DISTRIBUTED, RANK, WORLD_SIZE
 from report import Metrics, warn_left_out
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
 from student import Student, initialise, save_student, student_config
-from teachers import check_frames, load_teacher, short_names
+from teachers import check_frames, digest, load_teacher, short_names
 
-# Settings that may change when a run is resumed: they change no weight beyond rounding.
-FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "keep", "tensorboard"}
+# Settings that may change when a run is resumed: they change no weight beyond rounding. Audio and teachers are known by
+# what they are, not by their paths.
+FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "keep", "tensorboard", "data", "teachers"}
 ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 1e-6}
 
 
@@ -61,7 +62,7 @@ def parse(arguments=None):
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
     add("--workers", type=processes.whole, default=argparse.SUPPRESS, help="processes that read audio, for each training process (default: up to 4)")
-    add("--seed", type=processes.whole, default=0, help="of the student's first weights, the data's order and dropout")
+    add("--seed", type=processes.seed, default=0, help="of the student's first weights, the data's order and dropout")
     add("--log-every", type=processes.count, default=100, help="steps between lines of metrics")
     add("--save-every", type=processes.count, default=1000, help="steps between saves")
     add("--keep", type=processes.count, default=2, help="saves that stay; where the last one is damaged, a resume takes the one before")
@@ -76,6 +77,7 @@ def parse(arguments=None):
         args.out = f"runs/{'demo-' if args.demo else ''}{args.agg}"
     if not hasattr(args, "workers"):
         args.workers = min(4, max(1, processes.cores() // processes.LOCAL_WORLD_SIZE))
+    args.workers = processes.readers(args.workers)
     if args.max_seconds * data.SAMPLE_RATE < data.SHORTEST:
         processes.stop(f"argument --max-seconds: {args.max_seconds} is less than one frame, 0.025")
     if args.batch_size % (WORLD_SIZE * args.accumulate):
@@ -97,6 +99,7 @@ def main(arguments=None):
     processes.begin()
     args = parse(arguments)
     device = processes.device(anywhere=args.demo)
+    args.precision = processes.precision(args.precision, device)  # kept so: a resume on another device is told
 
     # Set-up. Bad input ends all processes with one line, before a file of the run is written.
     with processes.together():
@@ -126,7 +129,8 @@ def main(arguments=None):
         with processes.together(f"--student-layers {args.student_layers} asks for --init none"):
             initialise(student, teachers[0])
     with processes.together():
-        run = load_run(args, corpus, student)  # the newest save, its weights put into the student
+        digests = dict(zip(names, map(digest, teachers)))
+        run = load_run(args, corpus, student, digests)  # the newest save, its weights put into the student
     done = run["step"] if run else 0
     if len(set(processes.gather((corpus.fingerprint(), done)))) > 1:
         what = f"the processes see different audio in {args.data}, or different saves in {args.out}"
@@ -146,8 +150,7 @@ def main(arguments=None):
     if DISTRIBUTED:
         devices = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
-    precision = processes.precision(args.precision, device)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
     targets_of = aggregate.AGGREGATIONS[args.agg]
 
     with contextlib.ExitStack() as until_the_end:
@@ -155,11 +158,13 @@ def main(arguments=None):
             if RANK == 0:
                 os.makedirs(args.out, exist_ok=True)
                 until_the_end.enter_context(claimed(args.out))
-                write_config(args, heads)
+                write_config(args, heads, done)
+                if done and not os.path.exists(os.path.join(args.out, "student.pt")):
+                    write_student(args, done, student, names)
             metrics = Metrics(args, student.head_names, done, corpus, left_out, device)
         until_the_end.callback(metrics.close)
         asked = until_the_end.enter_context(processes.signals())
-        introduce(args, corpus, batches, names, student, f"{precision} on {WORLD_SIZE} x {device.type}", done)
+        introduce(args, corpus, batches, names, student, f"{args.precision} on {WORLD_SIZE} x {device.type}", done)
 
         saved = done
         loader = data.load_batches(batches, done, args.steps, args.workers, pin_memory=device.type == "cuda")
@@ -198,7 +203,7 @@ def main(arguments=None):
             if step == done + 1 or step % args.log_every == 0 or last:
                 metrics.report(step, lr, norm)
             if step % args.save_every == 0 or last:
-                save_run(args, step, student, optimizer, corpus, metrics.left_out, names)
+                save_run(args, step, student, optimizer, corpus, metrics.left_out, digests)
                 saved = step
             if interrupted:
                 what = f"interrupted; step {step} of {args.steps} is saved in {args.out}, the same command resumes"
@@ -213,8 +218,11 @@ def main(arguments=None):
 # ---------------------------------------------------------------- the folder of the run, and what a person sees
 
 
-def load_run(args, corpus, student):
-    """The newest whole save, its weights put into the student, or None. Raises ValueError where the audio has changed."""
+def load_run(args, corpus, student, digests):
+    """The newest whole save, its weights put into the student, or None.
+
+    Raises ValueError where audio or teachers, digests by name, are not those it began with.
+    """
     needed = ("step", "corpus", "optimizer", "left_out")
     run, warning = newest_save(
         args.out, lambda save: [student.load_state_dict(save["student"]), *map(save.get, needed)]
@@ -222,26 +230,38 @@ def load_run(args, corpus, student):
     if run and run["corpus"] != corpus.fingerprint():
         what = f"the audio is not what it was up to step {run['step']}"
         raise ValueError(f"{args.out}: {what}; restore it, or give another --out")
+    before = run.get("teachers", digests) if run else digests  # saves did not always hold them
+    if list(before) != list(digests):
+        what = f"--teachers were {', '.join(before)}, are {', '.join(digests)}"
+        raise ValueError(f"{args.out}: {what}; take its own, or another --out")
+    changed = [name for name in digests if before[name] != digests[name]]
+    if changed:
+        what = f"the weights of {', '.join(changed)} are not those that the run began with"
+        raise ValueError(f"{args.out}: {what}; restore them, or give another --out")
     if warning:
         processes.warn(f"{warning}, step {run['step']}")
     return run
 
 
-def save_run(args, step, student, optimizer, corpus, left_out, teachers):
+def save_run(args, step, student, optimizer, corpus, left_out, digests):
     """student.pt, the student alone, and then last.pt, everything a resume needs: a kill between loses neither."""
-    about = {"step": step, "teachers": teachers, "agg": args.agg, "layers": args.heads}
     run = {"step": step, "student": student.state_dict(), "optimizer": optimizer.state_dict()}
-    run |= {"corpus": corpus.fingerprint(), "left_out": left_out}
+    run |= {"corpus": corpus.fingerprint(), "teachers": digests, "left_out": left_out}
     with processes.together():
         if RANK == 0:
-            write_whole(os.path.join(args.out, "student.pt"), lambda file: save_student(student, file, **about))
+            write_student(args, step, student, list(digests))
             write_whole(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file), args.keep)
 
 
-def write_config(args, heads):
-    """config.json of a new run: its settings, heads and versions."""
+def write_student(args, step, student, teachers):
+    about = {"step": step, "teachers": teachers, "agg": args.agg, "layers": args.heads}
+    write_whole(os.path.join(args.out, "student.pt"), lambda file: save_student(student, file, **about))
+
+
+def write_config(args, heads, done):
+    """config.json of a run that has no save yet: its settings, heads and versions."""
     path = os.path.join(args.out, "config.json")
-    if not os.path.exists(path):
+    if not done or not os.path.exists(path):
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         config = {"settings": vars(args), "heads": [name for name, _ in heads], "processes": WORLD_SIZE}
         write_text(path, json.dumps(config | {"versions": versions}, indent=2))
@@ -282,4 +302,4 @@ def stop_not_finite(args, step, saved, loss, paths):
 
 
 if __name__ == "__main__":
-    processes.run(main)
+    processes.run(main, less_memory="a larger --accumulate")

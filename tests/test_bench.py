@@ -116,6 +116,9 @@ def test_the_loader_is_timed_alone(corpus, tmp_path):
     [
         (["--loader", "--data", "nowhere"], "nowhere"),
         (["--seconds", "8,0.1"], "--seconds"),
+        (["--seconds", "nan"], "--seconds"),
+        (["--seconds", "0.3,inf"], "--seconds"),
+        (["--profile", "nowhere/trace.json"], "nowhere/trace.json"),
         (["--heads", "4,13"], "--heads"),
         (["--steps", "0"], "--steps"),
     ],

@@ -1,6 +1,7 @@
 """data.py: finding, reading and cutting audio."""
 
 import os
+import shutil
 import time
 
 import numpy as np
@@ -42,6 +43,7 @@ def test_any_folder_of_audio_is_found_and_measured(tmp_path):
 def test_a_scan_is_kept_as_a_fairseq_manifest_and_not_repeated(tmp_path, monkeypatch):
     folder = tmp_path / "corpus"
     write_audio(folder / "one", [5000, 6000])
+    time.sleep(0.1)  # what changed just before a scan is looked at again
     first = find_corpus(str(folder), ["one"])
     cache = os.path.join(torch.hub.get_dir(), "ekd-manifests")
     manifest = next(name for name in os.listdir(cache) if name.startswith("corpus-") and name.endswith(".tsv"))
@@ -79,6 +81,73 @@ def test_files_that_cannot_be_read_or_are_too_short_are_left_out_and_named(tmp_p
     assert set(found.left_out) == {"110.flac", "111.flac", "broken.flac"}
     assert "399" in found.left_out["110.flac"] and "read" in found.left_out["broken.flac"]
     assert find_corpus(str(tmp_path), ["."]).left_out == found.left_out  # from the manifest too
+
+
+@pytest.mark.parametrize("how", ["copied with its time", "written anew, longer"])
+def test_a_corpus_that_is_mended_in_place_is_accepted(tmp_path, how):
+    paths = write_audio(tmp_path / "audio", [5000] * 12)
+    whole = tmp_path / "whole.flac"
+    shutil.copy2(paths[3], whole)
+    time.sleep(0.1)
+    paths[3].write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 12"):
+        find_corpus(str(tmp_path / "audio"), ["."])
+    time.sleep(0.1)
+    if how.startswith("copied"):
+        shutil.copy2(whole, paths[3])
+        lengths = [5000] * 12
+    else:
+        soundfile.write(paths[3], np.zeros(7000), 16000)
+        lengths = [5000] * 3 + [7000] + [5000] * 8
+    assert find_corpus(str(tmp_path / "audio"), ["."]).samples.tolist() == lengths
+    time.sleep(0.1)
+    soundfile.write(paths[5], np.zeros(8000), 16000)  # of an accepted scan too
+    assert find_corpus(str(tmp_path / "audio"), ["."]).samples[5] == 8000
+
+
+def test_a_damaged_manifest_in_the_cache_is_made_anew(tmp_path):
+    write_audio(tmp_path / "kept", [5000])
+    find_corpus(str(tmp_path / "kept"), ["."])
+    cache = os.path.join(torch.hub.get_dir(), "ekd-manifests")
+    (name,) = (name for name in os.listdir(cache) if name.startswith("kept-") and name.endswith(".tsv"))
+    with open(os.path.join(cache, name), "w") as file:
+        file.write("/nowhere\nhalf a li")
+    assert find_corpus(str(tmp_path / "kept"), ["."]).samples.tolist() == [5000]
+
+
+def test_names_that_are_not_utf_8_are_read_and_names_with_a_line_break_are_counted(tmp_path):
+    (whole,) = write_audio(tmp_path, [5000])
+    odd = os.path.join(os.fsencode(tmp_path), b"\xff\xfe.flac")
+    shutil.copy(whole, odd)
+    for name in ("two\nlines.flac", "two\rlines.flac"):
+        shutil.copy(whole, tmp_path / name)
+    for _ in range(2):  # from the manifest too
+        found = find_corpus(str(tmp_path), ["."])
+        assert found.samples.tolist() == [5000, 5000] and os.fsdecode(b"\xff\xfe.flac") in found.paths
+        assert found.left_out == dict.fromkeys(["two\nlines.flac", "two\rlines.flac"], "a line break in its name")
+    assert not Batches(found, 2, 25000)[0]["left_out"]
+
+
+def test_a_manifest_with_a_byte_order_mark_and_a_relative_root_is_read(tmp_path):
+    write_audio(tmp_path / "audio", [5000, 6000])
+    (tmp_path / "lists").mkdir()
+    lines = "../audio\n000.flac\t5000\n001.flac\t6000\n"
+    (tmp_path / "lists" / "train.tsv").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    found = find_corpus(str(tmp_path / "lists" / "train.tsv"))
+    assert not Batches(found, 2, 25000)[0]["left_out"] and found.samples.tolist() == [5000, 6000]
+
+
+@pytest.mark.parametrize("length", ["²", "99999999999999999999", "-5", "5e3", ""])
+def test_a_length_that_is_none_is_refused_by_its_line(tmp_path, length):
+    (tmp_path / "train.tsv").write_text(f"/root\na.flac\t5000\nb.flac\t{length}\n")
+    with pytest.raises(ValueError, match=r"train\.tsv, line 3"):
+        find_corpus(str(tmp_path / "train.tsv"))
+
+
+def test_a_manifest_of_files_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "train.tsv").write_text("/root\na.flac\t5000\nb.flac\t0\n")
+    with pytest.raises(ValueError, match=r"train\.tsv: 1 of 2"):
+        find_corpus(str(tmp_path / "train.tsv"))
 
 
 def test_over_one_percent_of_unreadable_files_is_an_error(tmp_path):

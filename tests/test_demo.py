@@ -5,10 +5,11 @@ import json
 import os
 
 import pytest
-from conftest import metrics, noise, run
+from conftest import metrics, noise, refused, run
 
 import demo as demo_file
 import evaluate_er
+import train
 from data import find_corpus
 from student import load_student
 
@@ -77,3 +78,18 @@ def test_the_demo_student_is_scored_in_two_minutes(demo, task):
     result = json.loads((folder / "runs" / "demo-avg" / task / "result.json").read_text())
     assert sum(result["seconds"].values()) < (60 if task == "pr" else 110) and result.get("per", 0) < 1
     assert result["metric"] in done.stdout and "state  2" in done.stdout and "not the quality" in done.stdout
+
+
+@pytest.mark.parametrize("missing", ["everything", "a teacher", "a file of speech"])
+def test_a_demo_folder_that_is_not_whole_is_said_to_be_deleted(tmp_path, monkeypatch, capsys, missing):
+    monkeypatch.chdir(tmp_path)
+    if missing == "everything":
+        os.makedirs("data/demo")
+    else:
+        demo_file.prepare()
+        os.remove(
+            "data/demo/teachers/wavlm.pt" if missing == "a teacher" else "data/demo/dev-clean/107/1/107-1-0003.flac"
+        )
+    for program in (train, evaluate_er):
+        line = refused(capsys, program, ["--demo"])
+        assert "data/demo: not a whole demo" in line and "delete it" in line

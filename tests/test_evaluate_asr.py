@@ -7,6 +7,7 @@ import torch
 from conftest import flags_of, on_cpu, read_symbols, write_audio
 
 import evaluate_asr
+import evaluate_pr
 import probe
 from states import States
 
@@ -56,7 +57,7 @@ def test_a_bilstm_learns_to_spell(corpus, tmp_path):
 
 
 def test_asr_hypotheses_do_not_depend_on_the_batch_size(corpus, upstreams):
-    split = evaluate_asr.read_split(str(corpus), "test-clean", evaluate_asr.spell)
+    split = evaluate_pr.read_split(str(corpus), "test-clean", evaluate_asr.spell)
     network = probe.Upstream(str(upstreams / "hubert.pt"), precision="fp32")
     torch.manual_seed(0)
     model = probe.Probe(network.states, evaluate_asr.CharacterHead(network.dim, 32))
@@ -133,7 +134,7 @@ def test_dropout_follows_each_lstm_in_training_alone():
 def test_transcripts_with_other_characters_are_left_out(tmp_path):
     write_audio(tmp_path / "dev" / "1" / "1", [8000, 9000])
     (tmp_path / "dev" / "1" / "1" / "x.trans.txt").write_text("000 DON'T GO\n001 42 TIMES\n")
-    split = evaluate_asr.read_split(str(tmp_path), "dev", evaluate_asr.spell)
+    split = evaluate_pr.read_split(str(tmp_path), "dev", evaluate_asr.spell)
     assert split.ids == ["000"] and evaluate_asr.words(split.labels[0]) == ["DON'T", "GO"]
     assert split.left_out == {"001": "characters 24"}
 

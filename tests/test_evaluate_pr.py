@@ -300,6 +300,52 @@ def test_the_first_pronunciation_of_several_lexicons_counts(tmp_path):
     assert lexicon == {"READ": ["R", "EH1", "D"], "BOOK": ["B", "UH1", "K"]}
 
 
+def test_kaldis_lexicon_with_probabilities_is_understood_and_a_mixture_is_refused(tmp_path):
+    (tmp_path / "lexiconp.txt").write_text("READ 1.0 R EH1 D\nREAD 0.5 R IY1 D\nBOOK 1 B UH1 K\nA 2.5e-05 AH0\n")
+    lexicon = evaluate_pr.read_lexicon([tmp_path / "lexiconp.txt"])
+    assert lexicon == {"READ": ["R", "EH1", "D"], "BOOK": ["B", "UH1", "K"], "A": ["AH0"]}
+    (tmp_path / "mixed.txt").write_text("READ R EH1 D\nBOOK 0.5 B UH1 K\n")
+    with pytest.raises(ValueError, match="line 2: a probability"):
+        evaluate_pr.read_lexicon([tmp_path / "mixed.txt"])
+    (tmp_path / "tones.txt").write_text("MA m a 1\nMAO m ao 0\n")
+    assert evaluate_pr.read_lexicon([tmp_path / "tones.txt"])["MA"] == ["m", "a", "1"]
+
+
+def test_a_byte_order_mark_costs_no_word(corpus, tmp_path):
+    folder = copied(corpus, tmp_path / "corpus")
+    for path in (folder / "lexicon.txt", transcript(folder, "dev-clean")[0]):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    result = score(folder, tmp_path / "out", steps=2)
+    assert not any(result["words_not_in_the_lexicon"].values()) and result["counts"]["dev-clean"]["utterances"] == 16
+
+
+@pytest.mark.parametrize(
+    "splits", ["dev-clean,test-clean,test-clean", "dev-clean,linked,test-clean", "dev-clean,test-clean,."]
+)
+def test_splits_that_share_files_are_refused(corpus, tmp_path, capsys, splits):
+    folder = copied(corpus, tmp_path / "corpus")
+    (folder / "linked").symlink_to(folder / "test-clean")
+    line = refusal(capsys, flags(folder, tmp_path / "out", splits=splits))
+    assert "share files, such as" in line and "--splits" in line
+
+
+def test_a_run_of_the_evaluation_goes_on_from_another_directory(fbank, corpus, tmp_path):
+    shutil.copytree(fbank[0], tmp_path / "out")
+    os.remove(tmp_path / "out" / "result.json")
+    settings = dict(steps=240, eval_every=60, data="../" + corpus.name, lexicon="../" + corpus.name + "/lexicon.txt")
+    (corpus.parent / "elsewhere").mkdir()
+    done = run("evaluate_pr.py", *flags(corpus, tmp_path / "out", **settings), cwd=corpus.parent / "elsewhere")
+    assert done.returncode == 0 and "resuming after step 240" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["per"] == fbank[1]["per"]
+
+
+def test_the_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(upstreams / "student.pt", tmp_path / "run")
+    args = evaluate_pr.parse(["--upstream", str(tmp_path / "run")])
+    assert args.upstream == str(tmp_path / "run" / "student.pt") and args.out == str(tmp_path / "run" / "pr")
+
+
 def test_utterances_with_fewer_frames_than_phones_are_counted(corpus, upstreams, tmp_path):
     folder = copied(corpus, tmp_path / "corpus")
     path, name, _ = transcript(folder, "train-clean-100")
@@ -327,6 +373,7 @@ def test_utterances_with_fewer_frames_than_phones_are_counted(corpus, upstreams,
         (dict(upstream="{upstreams}/other.pt"), ["other.pt", "web page"]),
         (dict(batch_size=500), ["a batch of 500", "132 utterances"]),
         (dict(steps=0), ["--steps", "1 or more"]),
+        (dict(seed=2**64), ["--seed", "2^64"]),
         (dict(lr="fast"), ["--lr", "fast"]),
         (dict(cache_memory=2), ["--cache-memory", "from 0 to 1"]),
         (dict(out="{tmp}/strange"), ["strange", "--out"]),

@@ -75,8 +75,9 @@ def test_the_crop_is_in_seconds_and_the_best_step_the_most_accurate(speakers, tm
 
 
 def test_a_crop_without_frames_is_refused(tmp_path, capsys, speakers):
-    arguments = flags(tmp_path / "out", manifest=speakers, upstream="fbank", crop=0.05)
-    assert "--crop" in refused(capsys, evaluate_sid, arguments)
+    for crop in (0.05, "inf", "nan"):
+        arguments = flags(tmp_path / "out", manifest=speakers, upstream="fbank", crop=crop)
+        assert "--crop" in refused(capsys, evaluate_sid, arguments)
 
 
 def test_speakers_are_told_apart_better_than_by_chance(speakers, upstreams, tmp_path):
@@ -144,6 +145,8 @@ def test_a_voxceleb1_that_is_not_whole_is_refused_by_name(tmp_path, capsys, text
         ("path,label,split\na.flac,x,training\n", ["line 2", "'training'"]),
         ("path,label,split\na.flac,,train\n", ["line 2", "empty"]),
         ("path,label,split\n", ["no lines"]),
+        ("path,label,split,label\n000.flac,x,train,y\n", ["line 1", "two columns label"]),
+        ("path,label,split\n000.flac,x,train\n./000.flac,x,test\n", ["line 3", "named twice", "line 2"]),
     ],
 )
 def test_a_manifest_that_is_wrong_is_refused_by_file_and_line(tmp_path, capsys, text, words):

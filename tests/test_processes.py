@@ -1,10 +1,17 @@
 """processes.py: starting, agreeing and stopping together, and machines that lack something."""
 
+import io
+import sys
+
 import pytest
 import torch
 from conftest import ROOT, flags_of, run
 
 import processes
+
+WHOLE = dict(
+    RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
+)
 
 
 def sitecustomize(folder, code):
@@ -63,3 +70,65 @@ def test_reseeding_depends_on_every_number():
 def test_layers_that_are_none_are_refused_in_words(text, words):
     with pytest.raises(Exception, match=words):
         processes.layers(text)
+
+
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (dict(WORLD_SIZE="4"), ["has WORLD_SIZE but not RANK"]),
+        (dict(RANK="0"), ["has RANK but not"]),
+        (dict(LOCAL_RANK=""), ["has LOCAL_RANK but not"]),
+        (dict(WORLD_SIZE="x"), ["WORLD_SIZE"]),
+        (dict(WHOLE, WORLD_SIZE="x"), ["WORLD_SIZE='x', not a number"]),
+        (dict(WHOLE, LOCAL_RANK=""), ["LOCAL_RANK='', not a number"]),
+        ({name: value for name, value in WHOLE.items() if name != "MASTER_PORT"}, ["but not MASTER_PORT"]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("program", ["train.py", "evaluate_er.py"])
+def test_half_of_torchruns_variables_is_refused_in_one_line(tmp_path, variables, words, program):
+    if program == "evaluate_er.py" and len(variables) > 1:
+        pytest.skip("the same code")
+    done = run(program, "--demo", cwd=tmp_path, **variables)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith(f"{program}: "), done.stderr
+    assert all(word in done.stderr for word in words) and not list(tmp_path.iterdir())
+
+
+def test_too_many_readers_are_cut_down_with_a_line(capsys, monkeypatch):
+    monkeypatch.setattr(processes, "cores", lambda: 2)
+    assert processes.readers(8) == 8 and capsys.readouterr().err == ""
+    assert processes.readers(1_000_000) == 8
+    line = capsys.readouterr().err
+    assert "--workers 1000000: 8" in line and line.count("\n") == 1
+
+
+def test_a_terminal_that_cannot_show_a_path_stops_nothing(tmp_path):
+    done = run("train.py", "--demo", "--steps", 1, "--out", "läuft-ж", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0 and (tmp_path / "läuft-ж" / "student.pt").exists(), done.stderr
+    assert r"l\xe4uft" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            ["out of GPU memory", "a larger --accumulate"],
+        ),
+        (RuntimeError("Pin memory thread exited unexpectedly"), ["a process that reads audio died"]),
+        (RuntimeError("DataLoader worker (pid 7) is killed"), ["a process that reads audio died"]),
+    ],
+    ids=["GPU memory", "pin memory thread", "loader"],
+)
+def test_what_ends_one_process_alone_is_one_line(monkeypatch, capsys, error, words):
+    def main():
+        raise error
+
+    monkeypatch.setattr(processes.os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "stderr", errors := io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(SystemExit) as end:
+        processes.run(main, less_memory="a larger --accumulate")
+    errors.flush()
+    line = errors.buffer.getvalue().decode()
+    assert end.value.code == 1 and line.count("\n") == 1 and all(word in line for word in words), line

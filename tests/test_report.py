@@ -24,11 +24,13 @@ def test_bars_are_as_long_as_the_weights():
     assert [line.count("#") for line in lines] == [10, 40, 20] and "state  1" in lines[1]
 
 
-def written(folder, task, metric, score, upstream):
+def written(folder, task, metric, score, upstream, digest=None):
     """A folder with a result.json as the evaluations write it."""
     folder.mkdir()
     result = {"task": task, "metric": metric, metric.lower(): score, "interval": [score - 0.05, score + 0.05]}
-    (folder / "result.json").write_text(json.dumps(result | {"upstream": {"path": upstream}}))
+    (folder / "result.json").write_text(
+        json.dumps(result | {"upstream": {"path": upstream, "digest": digest or upstream}})
+    )
     return str(folder)
 
 
@@ -41,6 +43,10 @@ def test_the_table_has_upstreams_by_tasks(capsys, tmp_path):
     assert head.index("ER (accuracy, up)") < head.index("ASR (WER, down)")
     assert "50.00% (45.00% to 55.00%)" in first and "25.00%" in first
     assert second.startswith("fbank") and second.endswith("-")
+    retrained = written(tmp_path / "new", "emotion recognition", "accuracy", 0.75, "a/student.pt", digest="0123456789")
+    report.main([asr, same, retrained])  # another student under one path
+    _, _, first, second = capsys.readouterr().out.splitlines()
+    assert "50.00%" in first and "25.00%" in first and "75.00%" in second and "(012345)" in second
     for folders, word in (([same, same], "second"), ([str(tmp_path)], "no such result")):
         with pytest.raises(SystemExit) as end:
             report.main(folders)

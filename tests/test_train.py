@@ -1,5 +1,6 @@
 """train.py as a user runs it: as a program, alone, under torchrun, and on two agents."""
 
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ from conftest import (
 import data
 import train
 from export import official_state_dict, save_official
-from student import load_student
+from student import Student, load_student, save_student, student_config
 
 
 @pytest.fixture(scope="module")
@@ -209,19 +210,62 @@ def test_a_file_that_turns_out_unreadable_is_left_out_named_and_counted(job, tmp
     assert_same_student(students[0], students[-1])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing_saved(job, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_files(job, tmp_path):
+    broken = random_encoder(0)
+    broken.layers[3].ffn_out.bias.data[0] = float("nan")
+    save_official(broken, tmp_path / "teacher.pt", "fairseq")
+    done = run("train.py", *flags(job, tmp_path / "out", teachers=tmp_path / "teacher.pt"), cwd=job)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "step 1:" in done.stderr and done.stderr.count(".flac") == 8 and "nothing was saved" in done.stderr
+
+
+def test_a_teacher_that_was_exchanged_under_its_name_is_refused_at_a_resume(job, tmp_path, capsys):
     shutil.copy(job / "hubert.pt", tmp_path / "teacher.pt")
     settings = dict(teachers=tmp_path / "teacher.pt", steps=60, log_every=1)
     interrupt(job, tmp_path / "out", signal.SIGTERM, "step  3/60", **settings)
     saved = (tmp_path / "out" / "last.pt").read_bytes()
-    stopped = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"]
-    broken = random_encoder(0)
-    broken.layers[3].ffn_out.bias.data[0] = float("nan")
-    save_official(broken, tmp_path / "teacher.pt", "fairseq")
-    done = run("train.py", *flags(job, tmp_path / "out", **settings), cwd=job)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert f"step {stopped + 1}:" in done.stderr and done.stderr.count(".flac") == 8
-    assert (tmp_path / "out" / "last.pt").read_bytes() == saved
+    save_official(random_encoder(7), tmp_path / "teacher.pt", "fairseq")
+    line = refusal(capsys, flags(job, tmp_path / "out", **settings))
+    assert "weights of teacher" in line and (tmp_path / "out" / "last.pt").read_bytes() == saved
+    other = settings | dict(teachers=job / "robust.pt")
+    assert "--teachers were teacher, are robust" in refusal(capsys, flags(job, tmp_path / "out", **other))
+
+
+def test_a_run_goes_on_from_another_directory_and_with_paths_written_otherwise(job, reference, tmp_path):
+    shutil.copytree(job / "one", tmp_path / "moved")
+    names = ("hubert", "robust", "wavlm")
+    here = dict(data="audio", teachers=",".join(f"./{name}.pt" for name in names))
+    done = run("train.py", *flags(job, tmp_path / "moved", **here), cwd=job)
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+
+
+def test_a_finished_run_writes_its_student_again_where_it_was_deleted(job, reference, tmp_path):
+    shutil.copytree(job / "one", tmp_path / "out")
+    os.remove(tmp_path / "out" / "student.pt")
+    on_cpu(train, flags(job, tmp_path / "out"))
+    again = torch.load(tmp_path / "out" / "student.pt", weights_only=True)
+    assert_same_student(again["weights"], reference, 0)
+    assert again["step"] == 20 and again["teachers"] == ["hubert", "robust", "wavlm"]
+
+
+def test_automatic_precision_is_kept_as_what_it_was(job, tmp_path, capsys, monkeypatch):
+    able = dict.fromkeys(["avx512_bf16", "amx_bf16", "bf16", "sve_bf16"], False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    settings = dict(steps=2, precision="auto")
+    on_cpu(train, flags(job, tmp_path / "out", **settings))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able | {"avx512_bf16": True})
+    assert "--precision was fp32, is bf16" in refusal(capsys, flags(job, tmp_path / "out", **settings))
+    on_cpu(train, flags(job, tmp_path / "out", **settings | dict(precision="fp32")))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["settings"]["precision"] = "auto"  # as it was kept before
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    on_cpu(train, flags(job, tmp_path / "out", **settings))
+
+
+@pytest.mark.parametrize("content", ['{"settings": 5}', "[1]", "{}", "no", '{"settings": ["a"]}'])
+def test_a_config_that_is_no_runs_is_refused(job, tmp_path, capsys, content):
+    (tmp_path / "config.json").write_text(content)
+    assert "config.json: not the settings of a run" in refusal(capsys, flags(job, tmp_path))
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
@@ -258,6 +302,8 @@ def refusal(capsys, arguments):
         (dict(teachers="{job}/page.pt"), ["page.pt", "web page"]),
         (dict(teachers="{job}/code.pt"), ["code.pt", "refused", "system"]),
         (dict(teachers="{job}/other.pt"), ["other.pt", "not a HuBERT or WavLM"]),
+        (dict(teachers="{job}/student.pt"), ["student.pt", "a student", "export.py"]),
+        (dict(seed="9" * 23), ["--seed", "2^64"]),
         (dict(teachers="{job}/missing.pt"), ["missing.pt", "encoder.layers.1.fc1.weight"]),
         (dict(heads="2,5"), ["--heads 5", "4 layers"]),
         (dict(heads="2,2"), ["--heads", "once"]),
@@ -288,6 +334,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_is_written(job, capsys
     weights = official_state_dict(random_encoder(), "fairseq")
     del weights["encoder.layers.1.fc1.weight"]
     torch.save({"cfg": {"encoder_attention_heads": 4}, "model": weights}, job / "missing.pt")
+    save_student(Student(student_config(random_encoder().config), [("layer2", 48)]), job / "student.pt")
     change = {key: str(value).format(job=job) for key, value in change.items()}
     line = refusal(capsys, flags(job, **{"out": tmp_path / "out", **change}))
     assert all(word in line for word in words), line
