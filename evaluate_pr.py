@@ -233,13 +233,9 @@ def error_rows(result, symbols):
 # ---------------------------------------------------------------- the run
 
 
-def main(arguments=None):
-    processes.begin()
-    args = parse(arguments)
+def judge(args):
+    """The result of a probe on the upstream that args name."""
     device = processes.device()
-    if args.demo:
-        with processes.together():
-            demo.student()
     with processes.together():
         lexicon = read_lexicon(args.lexicon)
         phones = sorted({phone for pronunciation in lexicon.values() for phone in pronunciation})
@@ -275,7 +271,23 @@ def main(arguments=None):
         for name, number in short.items():
             result["counts"][name]["fewer_frames_than_needed"] = number
         report.write_result(args, result, ref=dict(zip(test.ids, references)), hyp=dict(zip(test.ids, hypotheses)))
+    return result
+
+
+def show(args, result):
+    """The result as a person reads it."""
     report.show(args, result, *args.splits[1:], error_rows(result, "phones"))
+
+
+def main(arguments=None):
+    processes.begin()
+    args = parse(arguments)
+    if args.demo:
+        with processes.together():
+            demo.student()
+        demo.compare(judge, args, show)
+    else:
+        show(args, judge(args))
 
 
 if __name__ == "__main__":

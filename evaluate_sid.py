@@ -189,14 +189,9 @@ def right(labels, predictions):
 # ---------------------------------------------------------------- the run
 
 
-def main(arguments=None):
-    processes.begin()
-    args = parse(arguments)
+def judge(args):
+    """The result of a probe on the upstream that args name."""
     device = processes.device()
-    if args.demo:
-        with processes.together():
-            demo.student()
-            demo.speakers()
     with processes.together():
         speakers, splits = read_splits(*(read_manifest(args.manifest) if args.manifest else read_iden_split(args.data)))
         upstream = probe.Upstream(args.upstream, device, args.precision)
@@ -222,7 +217,24 @@ def main(arguments=None):
         references = {name: [speakers[int(label)]] for name, label in zip(test.ids, test.labels)}
         hypotheses = {name: [speakers[prediction]] for name, prediction in zip(test.ids, predictions)}
         report.write_result(args, result, ref=references, hyp=hypotheses)
+    return result
+
+
+def show(args, result):
+    """The result as a person reads it."""
     report.show(args, result, "dev", "test", [("out of", result["speakers"], "speakers")])
+
+
+def main(arguments=None):
+    processes.begin()
+    args = parse(arguments)
+    if args.demo:
+        with processes.together():
+            demo.student()
+            demo.speakers()
+        demo.compare(judge, args, show)
+    else:
+        show(args, judge(args))
 
 
 if __name__ == "__main__":

@@ -51,9 +51,13 @@ def official_settings(config, form):
     return settings | {"conv_feature_layers": str(list(config.conv_layers)), "activation_fn": "gelu"}
 
 
-def save_official(encoder, path, form):
-    """Writes an encoder as a checkpoint in the form of "fairseq", "s3prl" or "microsoft" (WavLM), as `load_teacher` reads it."""
+def save_official(encoder, path, form, dtype=torch.float32):
+    """Writes an encoder as a checkpoint in the form of "fairseq", "s3prl" or "microsoft" (WavLM), as `load_teacher` reads it.
+
+    dtype: of the weights in the file; all of these forms may be in half precision.
+    """
     settings, weights = official_settings(encoder.config, form), official_state_dict(encoder, "fairseq")
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
     task = {"normalize": encoder.config.normalize, "sample_rate": 16000}
     if form == "fairseq":
         content = {"args": None, "cfg": {"model": settings, "task": task}, "model": weights}

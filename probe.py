@@ -194,7 +194,7 @@ def parser(description, splits=None):
     add("--seed", type=processes.seed, default=0, help="of the probe's first weights and the data's order")
     add("--log-every", type=processes.count, default=100, help="steps between lines of progress")
     add("--eval-every", type=processes.count, default=1000, help="steps between scores on the second split, each one saved")
-    add("--demo", action="store_true", help="synthetic speech and the demo's student: shows the machinery in two minutes")
+    add("--demo", action="store_true", help="synthetic speech and the demo's student")
     # fmt: on
     return parser
 

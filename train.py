@@ -67,11 +67,11 @@ def parse(arguments=None):
     add("--save-every", type=processes.count, default=1000, help="steps between saves")
     add("--keep", type=processes.count, default=2, help="saves that stay; where the last one is damaged, a resume takes the one before")
     add("--tensorboard", action="store_true", help="write TensorBoard scalars too (needs the package tensorboard)")
-    add("--demo", action="store_true", help="synthetic speech and three tiny random teachers: shows the machinery in two minutes")
+    add("--demo", action="store_true", help="synthetic speech and three tiny teachers trained on it: the whole method in two minutes")
     # fmt: on
     if parser.parse_known_args(arguments)[0].demo:
-        parser.set_defaults(data=demo.DATA, splits="train-clean-100", teachers=demo.teachers(), steps=240, batch_size=8)
-        parser.set_defaults(lr=2e-3, max_seconds=1.2, log_every=20, save_every=100)
+        parser.set_defaults(data=demo.DATA, splits="train-clean-100", teachers=demo.teachers(), heads=[2, 3, 4])
+        parser.set_defaults(steps=300, batch_size=16, lr=2e-3, max_seconds=1.6, log_every=20, save_every=100)
     args = parser.parse_args(arguments)
     if not hasattr(args, "out"):
         args.out = f"runs/{'demo-' if args.demo else ''}{args.agg}"
@@ -212,6 +212,8 @@ def main(arguments=None):
     if RANK == 0 and done < args.steps:
         memory = f"peak memory of a process {processes.peak_memory(device) / 1e9:.1f} GB"
         print(f"{args.out}/student.pt: the student; {memory}", flush=True)
+        if args.demo:
+            print("python evaluate_pr.py --demo: what it has learned, beside its teacher and untrained", flush=True)
     processes.end()
 
 
@@ -284,7 +286,7 @@ def introduce(args, corpus, batches, teachers, student, where, done):
     print(f"teachers: {', '.join(teachers)}; heads: {', '.join(student.head_names)}")
     print(f"student: {args.student_layers} layers, {weights:.2f} million weights with its heads; {where}")
     if args.demo:
-        print("demo: synthetic speech, random teachers. It shows the machinery, not the quality of the method.")
+        print("demo: synthetic speech, and tiny teachers that were trained on it")
     if done == args.steps:
         print(f"{args.out}: finished, {done} of {args.steps} steps; give --out another folder for another run")
     else:

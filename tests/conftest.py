@@ -44,9 +44,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """The synthetic corpus with its transcripts and lexicon."""
+    """A small synthetic corpus in a quiet place, with its transcripts and lexicon."""
     folder = tmp_path_factory.mktemp("corpus")
-    demo_file.write_corpus(folder)
+    splits = {"train-clean-100": (132, 6, 2), "dev-clean": (16, 2, 1), "test-clean": (16, 2, 1)}
+    demo_file.write_corpus(folder, splits=splits, decibels=(50, 50))
     return folder
 
 

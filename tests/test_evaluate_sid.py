@@ -82,7 +82,7 @@ def test_a_crop_without_frames_is_refused(tmp_path, capsys, speakers):
 
 def test_speakers_are_told_apart_better_than_by_chance(speakers, upstreams, tmp_path):
     result = score(tmp_path, manifest=speakers, upstream=upstreams / "hubert.pt", steps=300, eval_every=25)
-    assert result["accuracy"] > 2 / 6 and result["speakers"] == 6
+    assert result["accuracy"] > 1.25 / 6 and result["speakers"] == 6
     references, hypotheses = read_symbols(tmp_path / "test.ref"), read_symbols(tmp_path / "test.hyp")
     same = [references[name] == hypotheses[name] for name in references]
     assert result["accuracy"] == sum(same) / len(same) and len(same) == result["counts"]["test"]["utterances"] == 30
