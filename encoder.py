@@ -1,9 +1,9 @@
-"""The network that HuBERT, WavLM and the student are: waveforms to the hidden states of every layer.
+"""The network that HuBERT, WavLM, wav2vec 2.0, data2vec and the student are: waveforms to every layer's hidden states.
 
     encoder = SpeechEncoder(EncoderConfig())                       # HuBERT Base's sizes, random weights
     states = encoder(waveforms, lengths, layers=[4, 8, 12])        # three tensors (batch, frames, dim)
 
-Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900. Names follow bshall/hubert; the computation is that of fairseq's
+Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900, wav2vec 2.0 arXiv:2006.11477, data2vec arXiv:2202.03555. Names follow bshall/hubert; the computation is that of fairseq's
 HuBERT and Microsoft's WavLM, with one departure: padding never leaks. Works alone, with nothing but torch.
 """
 
@@ -23,6 +23,8 @@ class EncoderConfig:
     conv_norm: "group" normalises each channel over time after the first convolution (Base),
         "layer" normalises over channels after every convolution (Large).
     pre_norm: LayerNorm before (Large) or after (Base) attention and feed-forward.
+    projection_norm: LayerNorm before the projection (DistilHuBERT has none).
+    pos_depth: 0 for HuBERT's one positional convolution, or how many plain ones with a norm each (data2vec: 5).
     relative_buckets: 0, or the number of WavLM's relative position buckets (320).
     normalize: the network was trained on waveforms of zero mean and unit variance.
     weight_norm: keep the positional convolution's weight normalisation (a student in training).
@@ -48,6 +50,8 @@ class EncoderConfig:
     weight_norm: bool = False
     dropout: float = 0.0
     conv_gradient_scale: float = 1.0
+    projection_norm: bool = True
+    pos_depth: int = 0
 
     def __post_init__(self):
         self.conv_layers = tuple(tuple(layer) for layer in self.conv_layers)
@@ -121,7 +125,7 @@ class SpeechEncoder(nn.Module):
             # The positional convolution must see past an utterance's end what it sees past the batch's: zeros.
             x = x.masked_fill(~valid, 0)
             attention_mask = valid[:, None, None, :, 0]
-        x = x + self.positional_embedding(x)
+        x = x + self.positional_embedding(x, valid)
         if not config.pre_norm:
             x = self.norm(x)
         x = self.dropout(x)
@@ -197,7 +201,7 @@ class FeatureProjection(nn.Module):
     def __init__(self, config):
         super().__init__()
         channels = config.conv_layers[-1][0]
-        self.norm = nn.LayerNorm(channels)
+        self.norm = nn.LayerNorm(channels) if config.projection_norm else nn.Identity()
         # fairseq leaves the projection out where the widths agree.
         self.projection = nn.Linear(channels, config.dim) if config.projection else nn.Identity()
         self.apply(_init_linear)
@@ -207,21 +211,39 @@ class FeatureProjection(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """A grouped convolution over time whose output is added to its input: (batch, frames, dim) to the same."""
+    """Grouped convolutions over time whose output is added to their input: (batch, frames, dim) to the same.
+
+    HuBERT has one, data2vec several with a LayerNorm without weights each.
+    """
 
     def __init__(self, config):
         super().__init__()
-        kernel = config.pos_kernel
-        self.conv = nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=config.pos_groups)
-        nn.init.normal_(self.conv.weight, std=math.sqrt(4 / (kernel * config.dim)))
-        nn.init.zeros_(self.conv.bias)
-        if config.weight_norm:
-            nn.utils.parametrizations.weight_norm(self.conv, dim=2)
+        kernel, self.norms = config.pos_kernel, config.pos_depth > 0
+        convs = [
+            nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=config.pos_groups)
+            for _ in range(max(1, config.pos_depth))
+        ]
+        for conv in convs:
+            nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.dim)))
+            nn.init.zeros_(conv.bias)
+        if self.norms:
+            self.convs = nn.ModuleList(convs)
+        else:
+            (self.conv,) = convs
+            if config.weight_norm:
+                nn.utils.parametrizations.weight_norm(self.conv, dim=2)
 
-    def forward(self, x):
+    def forward(self, x, valid=None):
+        """valid: (batch, frames, 1), True within each utterance, or None where nothing is padded."""
         frames = x.shape[1]
-        x = self.conv(x.transpose(1, 2))[..., :frames]  # an even kernel gives one frame too many
-        return F.gelu(x).transpose(1, 2)
+        for conv in self.convs if self.norms else [self.conv]:
+            x = conv(x.transpose(1, 2))[..., :frames].transpose(1, 2)  # an even kernel gives one frame too many
+            if self.norms:
+                x = F.layer_norm(x, x.shape[-1:])
+            x = F.gelu(x)
+            if valid is not None:  # the next one must see zeros past an utterance's end
+                x = x.masked_fill(~valid, 0)
+        return x
 
 
 class TransformerLayer(nn.Module):

@@ -25,11 +25,13 @@ def official_state_dict(encoder, form):
     """
     weights = {}
     for name, tensor in encoder.state_dict().items():
-        if name.startswith(CONV) and "weight" in name:
+        if name.startswith(CONV + ".") and "weight" in name:
             continue
         parts = parts_of(name)
         for part, piece in zip(parts, tensor.detach().float().cpu().chunk(len(parts))):
             weights[official_name(part, form, encoder.config)] = piece.clone()
+    if encoder.config.pos_depth:
+        return weights
     conv = official_name(CONV, form, encoder.config)
     v = encoder.positional_embedding.conv.weight.detach().float().cpu().clone()
     weights[conv + ".weight_g"], weights[conv + ".weight_v"] = v.norm(dim=(0, 1), keepdim=True), v
@@ -40,6 +42,8 @@ def official_settings(config, form):
     """The EncoderConfig under the names of "fairseq" (s3prl too), "microsoft" or "transformers"."""
     # WavLM's alone has relative positions; the others say in another place whether waveforms are normalised.
     rows = [row for row in SETTINGS if form == "microsoft" or not row[0].startswith(("relative_", "normalize"))]
+    if form != "transformers":
+        rows = [row for row in rows if row[0] != "projection_norm"]  # transformers' alone
     settings = {row[2 if form == "transformers" else 1]: getattr(config, row[0]) for row in rows}
     if form == "transformers":
         channels, kernels, strides = (list(column) for column in zip(*config.conv_layers))
@@ -81,6 +85,8 @@ def write_transformers(student, folder, about=None):
     if os.path.isdir(folder) and os.listdir(folder):
         raise FileExistsError(f"{folder}: not empty; give a new folder")
     c = student.encoder.config
+    if c.pos_depth:
+        raise ValueError("a student with data2vec's positional convolutions is no HuBERT; nothing is written")
     config = {"architectures": ["HubertModel"], "model_type": "hubert"} | official_settings(c, "transformers")
     config |= {"num_feat_extract_layers": len(c.conv_layers), "layer_norm_eps": 1e-5}
     config |= {"hidden_dropout": c.dropout, "attention_dropout": c.dropout, "activation_dropout": c.dropout}

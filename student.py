@@ -63,11 +63,12 @@ def initialise(student, teacher):
         depths = f"{encoder.config.layers} layers, the first teacher {teacher.config.layers}"
         raise ValueError(f"the student has {depths}; it can only start from random weights")
     weights = teacher.state_dict()
-    conv = encoder.positional_embedding.conv
-    with torch.no_grad():
-        # The parametrisation splits it again, and keeps the storage that it is given: a copy, or training the student
-        # would change the teacher.
-        conv.weight = weights.pop("positional_embedding.conv.weight").to(conv.bias.device, copy=True)
+    if not encoder.config.pos_depth:
+        # The weight normalisation splits it again, and keeps the storage that it is given: a copy, or training the
+        # student would change the teacher.
+        conv = encoder.positional_embedding.conv
+        with torch.no_grad():
+            conv.weight = weights.pop("positional_embedding.conv.weight").to(conv.bias.device, copy=True)
     own = encoder.state_dict()
     encoder.load_state_dict({name: weights.get(name, own[name]) for name in own})
 

@@ -1,4 +1,4 @@
-"""A frozen teacher from any official form: names, download, reading without running code, renaming, sizes.
+"""A frozen teacher (HuBERT, WavLM, wav2vec 2.0, data2vec, DistilHuBERT) from any official form: names, download, reading without running code, renaming, sizes.
 
     teacher = load_teacher("hubert")                     # or a path
     states = teacher(waveforms, layers=[4, 8, 12])       # three tensors (batch, frames, dim)
@@ -46,6 +46,7 @@ NAMES = [
     ("feature_extractor.norms.{i}", "feature_extractor.conv_layers.{i}.2", "feature_extractor.conv_layers.{i}.layer_norm"),
     ("feature_projection.norm", "layer_norm", "feature_projection.layer_norm"),
     ("feature_projection.projection", "post_extract_proj", "feature_projection.projection"),
+    ("positional_embedding.convs.{i}", "encoder.pos_conv.{i}.0", "encoder.pos_conv_embed.layers.{i}.conv"),
     ("positional_embedding.conv", "encoder.pos_conv.0", "encoder.pos_conv_embed.conv"),
     ("norm", "encoder.layer_norm", "encoder.layer_norm"),
     ("relative_position", "encoder.layers.0.self_attn.relative_attention_bias", "encoder.layers.0.attention.rel_attn_embed"),
@@ -65,6 +66,7 @@ NAMES = [
 SETTINGS = [
     ("conv_norm", "extractor_mode", "feat_extract_norm"),  # default or layer_norm; group or layer
     ("conv_bias", "conv_bias", "conv_bias"),
+    ("projection_norm", "feat_proj_layer_norm", "feat_proj_layer_norm"),
     ("dim", "encoder_embed_dim", "hidden_size"),
     ("ffn_dim", "encoder_ffn_embed_dim", "intermediate_size"),
     ("heads", "encoder_attention_heads", "num_attention_heads"),
@@ -81,7 +83,7 @@ SETTINGS = [
 # Weights of pre-training or of a task that are no part of the encoder.
 NOT_ENCODER = re.compile(
     r"mask_emb|masked_spec_embed|mask_generator\.|logit_generator\.|label_embs|final_proj\.|"
-    r"domain|discriminator|(^|w2v_encoder\.)proj\.|lm_head\.|aux\."
+    r"domain|discriminator|(^|w2v_encoder\.)proj\.|lm_head\.|aux\.|output_layer\.|^(quantizer|project_q|project_hid)\."
 )
 
 # What a fairseq checkpoint may mention beside tensors: each becomes an inert placeholder, never the class itself.
@@ -117,7 +119,11 @@ def load_teacher(name_or_path, device="cpu"):
 
 def digest(encoder):
     """16 characters that change with any weight or size of a SpeechEncoder."""
-    found = hashlib.sha256(str(dataclasses.asdict(encoder.config)).encode())
+    sizes = dataclasses.asdict(encoder.config)
+    for name in ("projection_norm", "pos_depth"):  # came later: without them, digests kept before hold
+        if sizes[name] == getattr(EncoderConfig, name):
+            del sizes[name]
+    found = hashlib.sha256(str(sizes).encode())
     for weight in encoder.state_dict().values():
         found.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
@@ -205,6 +211,10 @@ def _read_checkpoint(path):
         raise ValueError(f"{path}: a student; as a teacher give the folder that export.py writes of it")
     if "model_weight" in content:  # s3prl
         return content["model_weight"], _plain(content.get("model_cfg")), _plain(content.get("task_cfg"))
+    if isinstance(content.get("Distiller"), dict):  # s3prl's DistilHuBERT, which has no norm before the projection
+        settings = _plain(_plain(content.get("Config")).get("distiller"))
+        settings["conv_feature_layers"] = settings.get("extractor_conv_feature_layers")
+        return content["Distiller"], settings | {"feat_proj_layer_norm": False}, {}
     if isinstance(content.get("model"), dict):  # fairseq; Microsoft's cfg and the older args are flat
         settings = _plain(content.get("cfg")) or _plain(content.get("args"))
         model = _plain(settings.get("model"))
@@ -307,7 +317,7 @@ def _rename(path, weights):
     if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
         raise ValueError(f"{path}: not a HuBERT or WavLM checkpoint")
     weights = {name: tensor for name, tensor in weights.items() if torch.is_tensor(tensor)}
-    for prefix in ("hubert.", "wavlm.", "wav2vec2.", "w2v_encoder.w2v_model."):
+    for prefix in ("hubert.", "wavlm.", "wav2vec2.", "data2vec_audio.", "w2v_encoder.w2v_model."):
         if any(name.startswith(prefix + "feature_extractor.") for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
     if "post_extract_proj.weight" in weights or "encoder.pos_conv.0.bias" in weights:
@@ -384,7 +394,11 @@ def _config(path, weights, settings, task):
     dim = sizes.setdefault("dim", shape("norm.weight", 0)[0])
     sizes["projection"] = "feature_projection.projection.weight" in weights or sizes["conv_layers"][-1][0] != dim
 
-    channels, channels_of_a_group, kernel = shape("positional_embedding.conv.weight", dim, 1, 128)
+    depth = number("positional_embedding.convs")  # data2vec's, whose settings say kernels otherwise in every form
+    first = "positional_embedding.convs.0.weight" if depth else "positional_embedding.conv.weight"
+    channels, channels_of_a_group, kernel = shape(first, dim, 1, 128)
+    if depth:
+        sizes |= {"pos_depth": depth, "pos_kernel": kernel}
     buckets, bias_heads = shape("relative_position.weight", 320, None)
     gated = any(".attention.gate" in name for name in weights)
     relative = said(bool, "relative_position_embedding")
@@ -394,17 +408,18 @@ def _config(path, weights, settings, task):
     shown |= {"ffn_dim": shape("layers.0.ffn_in.weight", 0)[0], "pos_kernel": kernel}
     shown |= {"pos_groups": channels // channels_of_a_group}
     shown |= {"relative_buckets": buckets, "relative_gate": gated or not relative}
-    # Tensors do not show these two. The published models agree: Large is pre-norm and normalised, Base neither.
-    shown |= {"pre_norm": per_layer, "normalize": per_layer}
+    # Tensors do not show these two. The published models agree: Large is pre-norm and normalised, Base neither, and
+    # data2vec, with a norm for each convolution, normalised but not pre-norm.
+    shown |= {"pre_norm": per_layer and not depth, "normalize": per_layer}
     sizes = shown | sizes
     if not relative:
         sizes["relative_buckets"] = 0
 
     heads = sizes.setdefault("heads", bias_heads)
     if heads is None:
-        known = dim in (768, 1024, 1280)
-        heads = sizes["heads"] = dim // 64 if known else sizes["pos_groups"]  # the published sizes have 64 dims a head
-        if not known:
+        published = {768: 12, 1024: 16, 1280: 16}  # Base, Large, X-Large
+        heads = sizes["heads"] = published.get(dim, sizes["pos_groups"])
+        if dim not in published:
             _note(f"{path}: no configuration; taking {heads} attention heads (if wrong, put its config.json beside it)")
     if not dim or not heads or dim % heads:
         raise ValueError(f"{path}: {dim} dims do not divide over {heads} attention heads; not a whole HuBERT or WavLM")
@@ -449,6 +464,9 @@ def _fill(path, form, encoder, weights):
         raise ValueError(f"{path}: not a whole HuBERT or WavLM, missing {', '.join(missing[:3])}{more}")
     encoder.load_state_dict(filled, assign=True)
     unknown = [name for name in weights if not NOT_ENCODER.search(name)]
+    inside = [name for name in unknown if re.match(r"(encoder|layers|feature_\w+|positional_embedding)\.", name)]
+    if inside:
+        raise ValueError(f"{path}: not a network known here, its encoder has {', '.join(inside[:3])} too")
     if unknown:
         more = ", ..." if len(unknown) > 5 else ""
         _note(f"{path}: passed over {len(unknown)} weights unknown to the encoder: {', '.join(unknown[:5])}{more}")

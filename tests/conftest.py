@@ -115,6 +115,10 @@ KINDS = {
     "wavlm": {"relative_buckets": 320},
     "wavlm_large": {"relative_buckets": 320, **LARGE},
 }
+FAMILY = KINDS | {
+    "data2vec": {"conv_norm": "layer", "pos_depth": 3, "pos_kernel": 19},
+    "distilhubert": {"projection_norm": False},
+}
 HEADS = [("layer2", 48), ("layer4", 96)]
 
 

@@ -4,15 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import KINDS, LARGE, largest_difference, noise, random_encoder, relative_difference, states
+from conftest import FAMILY, KINDS, LARGE, largest_difference, noise, random_encoder, relative_difference, states
 
 import encoder as encoder_file
 from encoder import SpeechEncoder
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FAMILY)
 def test_padding_does_not_leak_into_a_shorter_utterance(kind):
-    encoder, lengths = random_encoder(**KINDS[kind]), [12000, 7001, 400]
+    encoder, lengths = random_encoder(**FAMILY[kind]), [12000, 7001, 400]
     batch = noise(3, 12000) + 0.05
     padded = states(encoder, batch, lengths)  # what lies past an utterance's end is anything but silence
     for row, length in enumerate(lengths):
