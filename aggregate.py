@@ -40,14 +40,19 @@ AGGREGATIONS = {"avg": average, "concat": concatenate, "none": separate}
 def heads(agg, layers, teachers):
     """The prediction heads that an aggregation asks for, in the order of its targets.
 
-    agg: "avg", "concat" or "none"; layers: the layers distilled; teachers: [(name, dim), ...].
-    Returns [(name of the head, target dim), ...], such as [("layer4", 768), ...] or [("wavlm_plus.layer4", 768), ...].
+    agg: "avg", "concat" or "none"; layers: those distilled, one list for all teachers or a list for each, as many each;
+    teachers: [(name, dim), ...].
+    Returns [(name of the head, target dim), ...], such as [("layer4", 768), ...] or [("wavlm_plus.layer4", 768), ...];
+    where teachers' layers of other numbers are paired, [("layer4-8", 768), ...].
     Raises ValueError where teachers to be averaged differ in width.
     """
     dims = [dim for _, dim in teachers]
+    if not isinstance(layers[0], list):
+        layers = [layers] * len(teachers)
     if agg == "none":
-        return [(f"{name}.layer{layer}", dim) for name, dim in teachers for layer in layers]
+        return [(f"{name}.layer{layer}", dim) for (name, dim), mine in zip(teachers, layers) for layer in mine]
     if agg == "avg" and len(set(dims)) > 1:
         widths = ", ".join(f"{name} {dim}" for name, dim in teachers)
         raise ValueError(f"an average needs teachers of one width, these have {widths}; concat and none take any")
-    return [(f"layer{layer}", dims[0] if agg == "avg" else sum(dims)) for layer in layers]
+    pairs = [pair if len(set(pair)) > 1 else pair[:1] for pair in zip(*layers)]
+    return [("layer" + "-".join(map(str, pair)), dims[0] if agg == "avg" else sum(dims)) for pair in pairs]

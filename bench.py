@@ -114,10 +114,10 @@ class Ours:
         configs = [config if name == "hubert" else EncoderConfig(relative_buckets=320) for name in TEACHERS]
         self.teachers = [SpeechEncoder(config).requires_grad_(False).eval().to(device) for config in configs]
         names = [(f"{name}-{number}", config.dim) for number, name in enumerate(TEACHERS)]
-        student = Student(student_config(config), aggregate.heads(args.agg, args.heads, names))
+        student = Student(student_config(config), aggregate.heads(args.agg, [args.heads] * len(names), names))
         initialise(student, self.teachers[0])
         self.student = student.to(device).train()
-        self.optimizer = torch.optim.AdamW(student.parameters(), lr=2e-4, **ADAMW)
+        self.optimizer = torch.optim.AdamW(student.parameters(), lr=2e-4, weight_decay=0.01, **ADAMW)
         self.model = student
         if DISTRIBUTED:
             devices = [device.index] if device.type == "cuda" else None
@@ -164,7 +164,7 @@ class Peer:
         models = {"hubert": lambda: HubertModel(HubertConfig()), "wavlm": lambda: WavLMModel(WavLMConfig())}
         self.teachers = [models[name]().requires_grad_(False).eval().to(device) for name in TEACHERS]
         encoder = HubertModel(HubertConfig(num_hidden_layers=2, layerdrop=0.0, apply_spec_augment=False))
-        dims = [dim for _, dim in aggregate.heads(args.agg, args.heads, [(name, 768) for name in TEACHERS])]
+        dims = [dim for _, dim in aggregate.heads(args.agg, [args.heads] * 3, [(name, 768) for name in TEACHERS])]
         heads = (
             torch.nn.Sequential(torch.nn.Linear(768, 768), torch.nn.GELU(), torch.nn.Linear(768, dim)) for dim in dims
         )

@@ -138,7 +138,7 @@ def main(arguments=None):
     with processes.together("--data, --splits"):
         splits = read_splits(args.data, args.splits, spell)
     with processes.together():
-        upstream = probe.Upstream(args.upstream, device, args.precision)
+        upstream = probe.Upstream(args.upstream, device, args.precision, args.states)
     short = too_short(upstream, splits)
     for split in splits:
         print(report.describe(split, too_short=short[split.name]))

@@ -20,7 +20,7 @@ import demo
 import probe
 import processes
 import report
-from evaluate_sid import MeanHead, class_loss, class_of, labelled_corpus, read_table, right
+from evaluate_sid import MeanHead, class_loss, class_of, labelled_corpus, mean_over_frames, read_table, right
 from states import States
 
 # IEMOCAP's four classes; excited counts as happy.
@@ -119,7 +119,7 @@ def main(arguments=None):
     with processes.together():
         rows = read_manifest(args.manifest) if args.manifest else read_iemocap(args.data)
         classes, folds = read_folds(*rows, args.seed)
-        upstream = probe.Upstream(args.upstream, device, args.precision)
+        upstream = probe.Upstream(args.upstream, device, args.precision, args.states)
     corpus = next(iter(folds.values()))[0].corpus
     states = {corpus: States(upstream, corpus)}
     print(f"{len(corpus):,} utterances, {len(classes)} classes, {len(folds)} folds; {len(corpus.left_out)} left out")
@@ -135,6 +135,7 @@ def main(arguments=None):
             splits,
             symbols=classes,
             metric="accuracy",
+            pool=lambda states, frames, training: mean_over_frames(states, frames),
             make_head=lambda dim: MeanHead(dim, len(classes)),
             loss=class_loss,
             decode=class_of,
@@ -187,7 +188,7 @@ def show(args, result):
     print(f"  {'said, heard as':{width}}{''.join(name.rjust(width) for name in result['confusion'])}")
     for label, row in result["confusion"].items():
         print(f"  {label:{max(width, 14)}}{''.join(str(count).rjust(width) for count in row.values())}")
-    report.show_weights(args, result["layer_weights"], ", the mean over folds")
+    report.show_weights(args, result, ", the mean over folds")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
     python evaluate_pr.py --upstream runs/avg/student.pt --data data/LibriSpeech --lexicon data/librispeech-lexicon.txt
     python evaluate_pr.py --demo
 
-Where this is not s3prl: a hypothesis is CTC's usual best path (repeats merged, then blanks taken out; s3prl takes blanks
-out first and so loses doubled phones), and the symbols are those of the lexicon (no <eos>, <unk>, SIL and SPN).
+Where this is not s3prl: MEASURED.md has the table.
 Running the same command again resumes the run.
 """
 
@@ -30,6 +29,7 @@ NOT_IN_LEXICON = "not in the lexicon:"
 def parse(arguments=None):
     """Settings from the command line. Bad ones end the program with one line and exit code 2."""
     parser = probe.parser(__doc__.split("\n")[0], splits="train-clean-100,dev-clean,test-clean")
+    parser.set_defaults(lr=1e-2)  # as s3prl's libriphone.yaml
     parser.add_argument(
         "--lexicon",
         type=processes.names,
@@ -244,7 +244,7 @@ def judge(args):
     with processes.together("--data, --splits"):
         splits = read_splits(args.data, args.splits, spell)
     with processes.together():
-        upstream = probe.Upstream(args.upstream, device, args.precision)
+        upstream = probe.Upstream(args.upstream, device, args.precision, args.states)
     unknown, short = [unknown_words(split) for split in splits], too_short(upstream, splits)
     for split, words in zip(splits, unknown):
         print(report.describe(split, words, short[split.name]))

@@ -4,8 +4,7 @@
     python evaluate_sid.py --upstream runs/avg/student.pt --manifest speakers.csv
     python evaluate_sid.py --demo
 
-Where this is not s3prl: a training crop of 8 seconds is cut from the whole utterance's hidden states, not from its
-waveform, so that the states can be kept. Running the same command again resumes the run.
+Where this is not s3prl: MEASURED.md has the table. Running the same command again resumes the run.
 """
 
 import csv
@@ -144,30 +143,37 @@ def labelled_corpus(root, paths, where):
 # ---------------------------------------------------------------- the probe's head and accuracy
 
 
-class MeanHead(nn.Module):
-    """A projection to 256, the mean over an utterance's frames, and a linear layer to the classes.
+def mean_over_frames(states, frames, longest=None):
+    """Each utterance's mean over its own frames, or over a random crop of `longest` of them where it has more.
 
-    longest: frames of the random crop that training sees of longer utterances, or None.
+    states: (..., batch, frames, dim); frames: (batch,). Returns (..., batch, dim). SUPERB takes it after the weighted sum
+    and the projection; as both are linear, it is the same before them, and then a frame's price instead of all frames'.
+    """
+    start = torch.zeros_like(frames)
+    if longest:
+        room = (frames - longest).clamp(min=0)
+        start = (torch.rand(len(frames)).to(frames.device) * (room + 1)).long()
+        frames = frames.clamp(max=longest)
+    time = torch.arange(states.shape[-2], device=states.device)
+    inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
+    share = inside.to(states.dtype) / frames[:, None]
+    return torch.matmul(share[:, None], states)[..., 0, :]
+
+
+class MeanHead(nn.Module):
+    """A projection to 256 and a linear layer to the classes, of an utterance's mean.
+
     Source: SUPERB's speaker identification and emotion recognition, s3prl's UtteranceLevel with MeanPooling.
     """
 
-    def __init__(self, dim, classes, longest=None):
+    def __init__(self, dim, classes):
         super().__init__()
         self.projection = nn.Linear(dim, 256)
         self.classes = nn.Linear(256, classes)
-        self.longest = longest
 
     def forward(self, x, frames):
-        """x: (batch, frames, dim); frames: (batch,). Returns logits, (batch, classes)."""
-        start = torch.zeros_like(frames)
-        if self.training and self.longest:
-            room = (frames - self.longest).clamp(min=0)
-            start = (torch.rand(len(frames)).to(frames.device) * (room + 1)).long()
-            frames = frames.clamp(max=self.longest)
-        time = torch.arange(x.shape[1], device=x.device)
-        inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
-        mean = (self.projection(x) * inside[:, :, None]).sum(1) / frames[:, None]
-        return self.classes(mean)
+        """x: (batch, dim). Returns logits, (batch, classes)."""
+        return self.classes(self.projection(x))
 
 
 def class_loss(logits, frames, labels):
@@ -194,18 +200,20 @@ def judge(args):
     device = processes.device()
     with processes.together():
         speakers, splits = read_splits(*(read_manifest(args.manifest) if args.manifest else read_iden_split(args.data)))
-        upstream = probe.Upstream(args.upstream, device, args.precision)
+        upstream = probe.Upstream(args.upstream, device, args.precision, args.states)
     for split in splits:
         print(report.describe(split))
     print(f"{len(speakers):,} speakers; upstream: {args.upstream}, {upstream.precision} on {device.type}", flush=True)
 
+    crop = upstream.frames(int(args.crop * 16000))
     result, predictions = probe.evaluate(
         args,
         upstream,
         splits,
         symbols=speakers,
         metric="accuracy",
-        make_head=lambda dim: MeanHead(dim, len(speakers), upstream.frames(int(args.crop * 16000))),
+        pool=lambda states, frames, training: mean_over_frames(states, frames, crop if training else None),
+        make_head=lambda dim: MeanHead(dim, len(speakers)),
         loss=class_loss,
         decode=class_of,
         count=right,

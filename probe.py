@@ -31,7 +31,7 @@ from states import States, by_length, keep_states
 from student import load_student
 from teachers import TEACHERS, digest, load_teacher
 
-FORMAT = "ekd-probe-1"
+FORMAT = "ekd-probe-2"  # the first had one learning rate
 AT_ONCE = 160 * 16000  # samples, with padding, that go through the upstream together: its convolutions need the memory
 # Settings that may change when a run is resumed. Upstream and data are known by what they are, not by their paths.
 FREE = {"out", "cache", "cache_memory", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
@@ -52,8 +52,8 @@ class FilterBanks(nn.Module):
         count = (samples - 400) // 160 + 1
         return count.clamp(min=0) if torch.is_tensor(samples) else max(count, 0)
 
-    def forward(self, waveforms, lengths):
-        """waveforms (batch, samples) at 16 kHz; lengths in samples. Returns [(batch, frames, 240)], 0 past an utterance's end."""
+    def forward(self, waveforms, lengths, layers=None):
+        """waveforms (batch, samples) at 16 kHz; lengths in samples; layers: there is one state. Returns [(batch, frames, 240)], 0 past an utterance's end."""
         states = waveforms.new_zeros(len(waveforms), self.frames(waveforms.shape[1]), 240)
         for row, waveform, length in zip(states, waveforms, lengths.tolist()):
             row[: self.frames(length)] = self.features(waveform[:length])
@@ -72,22 +72,32 @@ class Upstream:
     """A frozen encoder in eval mode.
 
     path: a student.pt, a teacher's name or checkpoint in any form that load_teacher knows, or "fbank".
+    which: the hidden states given, "all", "last" (DistilHuBERT's protocol), or a list of them.
     precision: "fp32", "bf16" for autocast, or "auto": bf16 where the device computes in it.
-    states, dim: how many hidden states it has (0..N make N + 1), and their width. digest: changes with any weight.
+    states, dim: how many hidden states it gives, and their width; layers: which those are. digest: changes with any
+    weight; name: of its kept states.
     Raises FileNotFoundError, OSError and ValueError with one line.
     """
 
-    def __init__(self, path, device="cpu", precision="auto"):
+    def __init__(self, path, device="cpu", precision="auto", which="all"):
         self.device = torch.device(device)
         self.precision = processes.precision(precision, self.device)
-        self.name = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
         self.encoder = _load_encoder(path, self.device)
         self.frames = self.encoder.frames
         if path == "fbank":
-            self.states, self.dim, self.digest = 1, 240, hashlib.sha256(b"fbank").hexdigest()[:16]
+            last, self.dim, self.digest = 0, 240, hashlib.sha256(b"fbank").hexdigest()[:16]
         else:
             config = self.encoder.config
-            self.states, self.dim, self.digest = config.layers + 1, config.dim, digest(self.encoder)
+            last, self.dim, self.digest = config.layers, config.dim, digest(self.encoder)
+        self.layers = (
+            {"all": list(range(last + 1)), "last": [last]}.get(which, which) if isinstance(which, str) else which
+        )
+        if max(self.layers) > last:
+            raise ValueError(f"--states {max(self.layers)}: {path} has hidden states 0 to {last}")
+        self.states, stem = len(self.layers), os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+        self.name = f"{stem}-{self.digest}-{self.precision}"
+        if self.states <= last:
+            self.name += f"-states-{'-'.join(map(str, self.layers))}"
 
     @torch.no_grad()
     def __call__(self, waveforms, lengths):
@@ -99,7 +109,7 @@ class Upstream:
         count, states = max(1, AT_ONCE // waveforms.shape[1]), []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             for part in zip(waveforms.split(count), lengths.split(count)):
-                states.append(torch.stack([state.bfloat16() for state in self.encoder(*part)]))
+                states.append(torch.stack([state.bfloat16() for state in self.encoder(*part, layers=self.layers)]))
         return torch.cat(states, dim=1)
 
 
@@ -186,7 +196,8 @@ def parser(description, splits=None):
     add("--out", help="folder of the run (default: beside a student.pt, else runs/ and the upstream's name)", default=argparse.SUPPRESS)
     add("--steps", type=processes.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=processes.count, default=32, help="utterances a step")
-    add("--lr", type=processes.positive, default=5e-4, help="learning rate, of Adam; SUPERB tunes it from 1e-2 to 1e-5")
+    add("--lr", type=processes.rates, default=1e-4, help="learning rate of Adam, or several with commas, tried on the same states; SUPERB tries 1e-1,1e-2,1e-3,1e-4,1e-5 for each upstream")
+    add("--states", type=processes.states, default="all", help="hidden states that the probe sees: all, last, or some of them such as 0,4,12")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast of the upstream; auto is bf16 where the device computes in it")
     add("--cache", metavar="DIR", default=None, help="keep the upstream's states in files there, for this run and others")
     add("--cache-memory", type=processes.share, default=0.5, help="without --cache: share of the free memory that states may take; if they need more, they are computed for every batch again")
@@ -223,13 +234,26 @@ def finish(args, task):
 
 
 def evaluate(
-    args, upstream, splits, *, symbols, metric, make_head, loss, decode, count, states=None, higher_is_better=False
+    args,
+    upstream,
+    splits,
+    *,
+    symbols,
+    metric,
+    make_head,
+    loss,
+    decode,
+    count,
+    pool=None,
+    states=None,
+    higher_is_better=False,
 ):
     """Trains a probe on the first split, takes its best step on the second, and scores that step on the third.
 
     symbols: names of what the labels number. make_head(dim): an nn.Module, (batch, frames, dim) and frames (batch,) to outputs.
     loss(outputs, frames, labels): one number. decode(outputs, frames): a prediction for each utterance.
     count(labels, predictions): two (utterances,) arrays, whose sums' quotient is the score named `metric`.
+    pool(states, frames, training): what the head needs of the states, (states, batch, ..., dim), if not all frames.
     states: {corpus: States} of the splits, where they are kept already.
     Returns (the result so far, a dict, and the predictions on the third split), or, where the run was finished before,
     (its whole result, None). Started again after an interruption, it goes on where it was.
@@ -248,23 +272,28 @@ def evaluate(
         plan = Shuffled(splits[0], args.batch_size, args.seed)
         os.makedirs(args.out, exist_ok=True)
 
-    torch.manual_seed(args.seed)
-    probe = Probe(upstream.states, make_head(upstream.dim)).to(upstream.device)
-    optimizer = torch.optim.Adam(probe.parameters(), lr=args.lr)
-    # scored: the step last scored on the second split; curve: [step, score] of each so far.
-    progress = {"step": 0, "scored": 0, "curve": [], "best": None}
+    rates, probes = args.lr if isinstance(args.lr, list) else [args.lr], []
+    for _ in rates:  # each as it would start alone
+        torch.manual_seed(args.seed)
+        probes.append(Probe(upstream.states, make_head(upstream.dim)).to(upstream.device))
+    groups = [{"params": list(probe.parameters()), "lr": rate} for rate, probe in zip(rates, probes)]
+    optimizer = torch.optim.Adam(groups)
+    # scored: the step last scored on the second split; curve: [step, score] of each so far, of every rate.
+    progress = {"step": 0, "scored": 0, "rates": [{"curve": [], "best": None} for _ in rates]}
     progress["seconds"] = {"states": 0.0, "training": 0.0, "scoring": 0.0}
     if run:
-        probe.load_state_dict(run["probe"])
+        for probe, weights in zip(probes, run["probes"]):
+            probe.load_state_dict(weights)
         optimizer.load_state_dict(run["optimizer"])
         progress = run["progress"]
         print(f"{args.out}: resuming after step {progress['step']:,} of {args.steps:,}", flush=True)
-    save = functools.partial(save_run, args, fingerprints, probe, optimizer, progress)
+    save = functools.partial(save_run, args, fingerprints, probes, optimizer, progress)
 
-    def scores(split, asked):
+    def scores(split, probes, asked):
+        """(predictions, parts, totals) of each probe."""
         with _timed(progress["seconds"], "scoring"):
-            predictions = predict(probe, split, states[split.corpus], decode, args.batch_size, args.workers, asked)
-            return predictions, *count(split.labels, predictions)
+            found = predict(probes, split, states[split.corpus], decode, args.batch_size, args.workers, asked, pool)
+            return [(predictions, *count(split.labels, predictions)) for predictions in found]
 
     with contextlib.ExitStack() as stack:
         with processes.together():
@@ -273,14 +302,22 @@ def evaluate(
         try:
             with processes.together(), _timed(progress["seconds"], "states"):
                 keep_states(args, upstream, states, splits, progress["scored"] < args.steps, asked)
-            for step in train(args, probe, optimizer, progress, states, splits[0], plan, loss, asked):
+            for step in train(args, probes, optimizer, progress, states, splits[0], plan, loss, pool, asked):
                 save()
-                _, part, total = scores(splits[1], asked)
-                remark = note_score(progress, step, float(part.sum() / total.sum()), probe, higher_is_better)
-                print(f"step {step}: {metric} {progress['curve'][-1][1]:.2%} on {splits[1].name}{remark}", flush=True)
+                progress["scored"] = step
+                for rate, mine, probe, (_, part, total) in zip(
+                    rates, progress["rates"], probes, scores(splits[1], probes, asked)
+                ):
+                    remark = note_score(mine, step, float(part.sum() / total.sum()), probe, higher_is_better)
+                    at = f" at --lr {rate:g}" if len(rates) > 1 else ""
+                    score = f"{metric} {mine['curve'][-1][1]:.2%} on {splits[1].name}"
+                    print(f"step {step}: {score}{at}{remark}", flush=True)
                 save()
-            probe.load_state_dict(progress["best"]["probe"])
-            predictions, part, total = scores(splits[2], asked)
+            best = (max if higher_is_better else min)(mine["best"]["score"] for mine in progress["rates"])
+            chosen = next(place for place, mine in enumerate(progress["rates"]) if mine["best"]["score"] == best)
+            probe, mine = probes[chosen], progress["rates"][chosen]
+            probe.load_state_dict(mine["best"]["probe"])
+            ((predictions, part, total),) = scores(splits[2], [probe], asked)
         except processes.Interrupted as interrupted:
             # The best probe is loaded only after the last save.
             if progress["scored"] < progress["step"]:
@@ -289,14 +326,23 @@ def evaluate(
             processes.stop(f"{where}; the same command resumes", 128 + interrupted.args[0])
 
     result = {"metric": metric, metric.lower(): float(part.sum() / total.sum())}
-    result |= {"interval": report.bootstrap((part, total)), "best_step": progress["best"]["step"]}
-    result |= {"curve": progress["curve"], "layer_weights": probe.weights.detach().softmax(0).tolist(), "counts": {}}
+    result |= {"interval": report.bootstrap((part, total)), "best_step": mine["best"]["step"], "curve": mine["curve"]}
+    if len(rates) > 1:
+        result |= {"lr": rates[chosen], "curves": {f"{r:g}": m["curve"] for r, m in zip(rates, progress["rates"])}}
+        if rates[chosen] in (min(rates), max(rates)):
+            processes.warn(f"the best --lr, {rates[chosen]:g}, is at the edge of those tried; try others beyond it")
+    result |= {"layer_weights": probe.weights.detach().softmax(0).tolist(), "counts": {}}
     for split in splits:
         seconds = round(float(split.samples.sum()) / data.SAMPLE_RATE, 2)
         counts = {"utterances": len(split.ids), "seconds": seconds, "left_out": len(split.left_out)}
         result["counts"][split.name] = counts
     result["upstream"] = {"path": args.upstream, "states": upstream.states, "dim": upstream.dim}
-    result["upstream"] |= {"digest": upstream.digest, "precision": upstream.precision, "device": upstream.device.type}
+    result["upstream"] |= {
+        "layers": upstream.layers,
+        "digest": upstream.digest,
+        "precision": upstream.precision,
+        "device": upstream.device.type,
+    }
     result["seconds"] = {what: round(spent, 2) for what, spent in progress["seconds"].items()}
     result["settings"] = vars(args)
     result["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -304,10 +350,11 @@ def evaluate(
     return result, predictions
 
 
-def train(args, probe, optimizer, progress, states, split, plan, loss, asked):
+def train(args, probes, optimizer, progress, states, split, plan, loss, pool, asked):
     """The steps that are left; yields the number of each after which a score is due, one that was missed first.
 
-    progress["step"] counts them, progress["scored"] is the caller's.
+    Every probe, one a learning rate, learns from the same states, read once. progress["step"] counts the steps,
+    progress["scored"] is the caller's.
     """
     loader = states[split.corpus].batches(plan, progress["step"], args.steps, args.workers)
     losses, since = [], time.monotonic()
@@ -319,18 +366,29 @@ def train(args, probe, optimizer, progress, states, split, plan, loss, asked):
             continue
         processes.heed(asked)
         with _timed(progress["seconds"], "training"):
-            processes.reseed(args.seed, step)  # for a head's dropout
+            processes.reseed(args.seed, step)
             utterances, x, frames = next(loader)
             labels = [split.labels[split.number[place]] for place in utterances]
-            value = loss(probe(x, frames), frames, labels)
+            if pool:
+                x = pool(x, frames, training=True)
+            weights = torch.stack([probe.weights.softmax(0) for probe in probes])
+            values = []
+            for probe, mixed in zip(probes, torch.tensordot(weights, x, dims=1)):  # the states are read once for all
+                if len(probes) > 1:
+                    processes.reseed(args.seed, step, 1)  # a head's dropout is the same at every rate
+                values.append(loss(probe.head(mixed, frames), frames, labels))
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            norm = nn.utils.clip_grad_norm_(probe.parameters(), 1.0)
-            if not torch.isfinite(value + norm):
+            sum(values).backward()
+            norms = [nn.utils.clip_grad_norm_(probe.parameters(), 1.0) for probe in probes]
+            finite = torch.isfinite(torch.stack(values) + torch.stack(norms)).tolist()
+            for probe, fine in zip(probes, finite):
+                if not fine:  # one of several rates that is too high: it stays where it is
+                    probe.zero_grad(set_to_none=True)
+            if not any(finite):
                 ids = ", ".join(split.ids[split.number[place]] for place in utterances)
                 processes.stop(f"step {step + 1}: the loss is not finite; utterances of the batch: {ids}")
             optimizer.step()
-        losses.append(value.item())
+        losses.append(min(value.item() for value, fine in zip(values, finite) if fine))
         progress["step"] = step = step + 1
         if step % args.log_every == 0 or step == args.steps:
             each = (time.monotonic() - since) / len(losses)
@@ -340,23 +398,25 @@ def train(args, probe, optimizer, progress, states, split, plan, loss, asked):
             losses, since = [], time.monotonic()
 
 
-def predict(probe, split, states, decode, batch_size, workers=0, asked=()):
-    """A prediction for each utterance of a split, in its order; the same for any batch size."""
-    order, predictions = split.places[by_length(split.samples)], [None] * len(split.ids)
+def predict(probes, split, states, decode, batch_size, workers=0, asked=(), pool=None):
+    """For each probe a prediction for each utterance of a split, in its order; the same for any batch size."""
+    order, predictions = split.places[by_length(split.samples)], [[None] * len(split.ids) for _ in probes]
     plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    probe.eval()
     with torch.no_grad():
         for utterances, x, frames in states.batches(plan, workers=workers):
-            for place, prediction in zip(utterances, decode(probe(x, frames), frames)):
-                predictions[split.number[place]] = prediction
+            if pool:
+                x = pool(x, frames, training=False)
+            for probe, mine in zip(probes, predictions):
+                for place, prediction in zip(utterances, decode(probe.eval()(x, frames), frames)):
+                    mine[split.number[place]] = prediction
             processes.heed(asked)
-    probe.train()
+    for probe in probes:
+        probe.train()
     return predictions
 
 
 def note_score(progress, step, score, probe, higher_is_better=False):
     """Takes a score on the second split down, with the probe where it is the best so far; returns a remark on it."""
-    progress["scored"] = step
     progress["curve"].append([step, score])
     best = progress["best"]
     if best and (score <= best["score"] if higher_is_better else score >= best["score"]):
@@ -371,6 +431,10 @@ def load_run(args, fingerprints):
     run, warning = newest_save(args.out, lambda run: run["fingerprints"] and run["progress"]["step"])
     if run is None:
         return None
+    if run.get("format") == "ekd-probe-1":
+        progress = run["progress"]
+        progress["rates"] = [{"curve": progress.pop("curve"), "best": progress.pop("best")}]
+        run |= {"format": FORMAT, "probes": [run.pop("probe")]}
     if run.get("format") != FORMAT:
         raise ValueError(f"{args.out}: holds saves that are not a probe's; give --out another folder")
     check_settings(args.out, run["settings"], vars(args), FREE)
@@ -383,9 +447,9 @@ def load_run(args, fingerprints):
     return run
 
 
-def save_run(args, fingerprints, probe, optimizer, progress):
+def save_run(args, fingerprints, probes, optimizer, progress):
     run = {"format": FORMAT, "settings": vars(args), "fingerprints": fingerprints, "progress": progress}
-    run |= {"probe": probe.state_dict(), "optimizer": optimizer.state_dict()}
+    run |= {"probes": [probe.state_dict() for probe in probes], "optimizer": optimizer.state_dict()}
     with processes.together():
         write_whole(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file), keep=2)
 

@@ -176,6 +176,33 @@ def layers(text):
     return found
 
 
+def layers_of_each(text):
+    """A type of flag: layers for all teachers, 4,8,12, or for each its own, as many each, 4,8,12/8,16,24."""
+    found = [layers(part) for part in text.split("/")]
+    if len(found) == 1:
+        return found[0]
+    if len({len(part) for part in found}) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: each teacher needs as many layers as the others")
+    return found
+
+
+def rates(text):
+    """A type of flag: a learning rate, or several with commas between them."""
+    found = [positive(rate) for rate in text.split(",")]
+    if len(set(found)) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r}: each rate once")
+    return found if len(found) > 1 else found[0]
+
+
+def states(text):
+    """A type of flag: all, last, or hidden states with commas between them, counted from 0."""
+    if text in ("all", "last"):
+        return text
+    if not all(number.isascii() and number.isdigit() for number in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r}: all, last, or hidden states such as 0,4,12")
+    return sorted({int(number) for number in text.split(",")})
+
+
 # ---------------------------------------------------------------- agreeing
 
 

@@ -152,7 +152,9 @@ def show(args, result, dev, test, rows):
     print(f"\n{result['task'].capitalize()} of {args.upstream} on {test} ({of})")
     show_rows([score_row(metric, result[metric.lower()], result["interval"]), *rows])
     show_rows([("best step", f"{step:,}", f"{metric} {best:.2%} on {dev}")])
-    show_weights(args, result["layer_weights"])
+    if "lr" in result:
+        show_rows([("best --lr", f"{result['lr']:g}", f"of {', '.join(result['curves'])}")])
+    show_weights(args, result)
 
 
 def score_row(name, score, interval):
@@ -164,19 +166,17 @@ def show_rows(rows):
         print(f"  {name:13}  {value:>8}  {remark}".rstrip())
 
 
-def show_weights(args, weights, of=""):
+def show_weights(args, result, of=""):
     """The learned weights of the hidden states, and where the result lies."""
     print(f"  learned weights of the hidden states{of}:")
-    print("\n".join(bars(weights)))
+    print("\n".join(bars(result["layer_weights"], result["upstream"].get("layers"))))
     print(f"{args.out}: result.json, test.hyp, test.ref", flush=True)
 
 
-def bars(weights, width=40):
-    """The learned layer weights as lines of text, the longest bar for the largest."""
-    longest = max(weights)
-    return [
-        f"  state {i:>2}  {weight:.3f}  {'#' * round(width * weight / longest)}" for i, weight in enumerate(weights)
-    ]
+def bars(weights, layers=None, width=40):
+    """The learned weights of hidden states, 0.. or `layers`, as lines of text, the longest bar for the largest."""
+    longest, layers = max(weights), layers or range(len(weights))
+    return [f"  state {i:>2}  {w:.3f}  {'#' * round(width * w / longest)}" for i, w in zip(layers, weights)]
 
 
 def write_result(args, result, **texts):

@@ -127,7 +127,9 @@ def check_settings(folder, before, now, free):
 
 
 def _text(value):
-    return ",".join(map(str, value)) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    return ("/" if isinstance(value[0], list) else ",").join(str(_text(one)) for one in value)
 
 
 def read_settings(folder):

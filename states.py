@@ -196,8 +196,7 @@ def keep_states(args, upstream, states, splits, training, asked):
     for corpus, name in needed.items():
         path = None
         if args.cache:
-            folder = f"{upstream.name}-{upstream.digest}-{upstream.precision}"
-            path = os.path.join(args.cache, folder, f"{os.path.basename(name)}-{_fingerprint(corpus)}.states")
+            path = os.path.join(args.cache, upstream.name, f"{os.path.basename(name)}-{_fingerprint(corpus)}.states")
         states[corpus].keep(path, name, args.batch_size, args.workers, asked)
 
 

@@ -28,10 +28,10 @@ from safe_files import check_settings, claimed, newest_save, read_settings, writ
 from student import Student, initialise, save_student, student_config
 from teachers import check_frames, digest, load_teacher, short_names
 
-# Settings that may change when a run is resumed: they change no weight beyond rounding. Audio and teachers are known by
-# what they are, not by their paths.
+# Settings that may change when a run is resumed: they change no weight beyond rounding, but for --accumulate, --compile
+# and the number of processes, which draw other dropout. Audio and teachers are known by what they are, not by their paths.
 FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "keep", "tensorboard", "data", "teachers"}
-ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 1e-6}
+ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6}
 
 
 # ---------------------------------------------------------------- settings
@@ -44,7 +44,7 @@ def parse(arguments=None):
     # fmt: off
     add("--teachers", type=processes.names, default="hubert,robust_hubert,wavlm_plus", help="names or paths of checkpoints, with commas; the first shapes the student")
     add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="layerwise average, layerwise concatenation, or a head for each teacher and layer")
-    add("--heads", type=processes.layers, default="4,8,12", help="teachers' layers to predict, counted from 1")
+    add("--heads", type=processes.layers_of_each, default="4,8,12", help="teachers' layers to predict, counted from 1; 4,8,12/8,16,24 for each teacher its own")
     add("--student-layers", type=processes.count, default=2, help="Transformer layers of the student")
     add("--init", choices=["first", "none"], default="first", help="start from the first teacher's weights, or from random ones")
     add("--dropout", type=processes.below_one, default=0.1, help="dropout of the student, 0 to 1")
@@ -55,6 +55,7 @@ def parse(arguments=None):
     add("--batch-size", type=processes.count, default=24, help="utterances a step, over all processes together")
     add("--accumulate", type=processes.count, default=1, help="parts that a process cuts its share of a step into, to save memory")
     add("--lr", type=processes.positive, default=2e-4, help="highest learning rate, of AdamW")
+    add("--weight-decay", type=processes.not_negative, default=0.01, help="of AdamW; s3prl's is 0.01 in effect, whatever its file says")
     add("--warmup", type=processes.below_one, default=0.07, help="share of the steps that the learning rate rises; then it falls to 0")
     add("--clip", type=processes.positive, default=5.0, help="norm that gradients are clipped to")
     add("--cosine-weight", type=processes.not_negative, default=1.0, help="weight of the cosine loss beside L1")
@@ -92,6 +93,17 @@ def learning_rate(step, args):
     return args.lr * min(step / warmup, (args.steps + 1 - step) / (args.steps + 1 - warmup))
 
 
+def layers_of(heads, teachers, names):
+    """The layers of each teacher that are predicted, a list for each. Raises ValueError where a teacher lacks one."""
+    layers = heads if isinstance(heads[0], list) else [heads] * len(teachers)
+    if len(layers) != len(teachers):
+        raise ValueError(f"{len(layers)} lists for {len(teachers)} teachers; give one for all, or one for each")
+    for name, teacher, mine in zip(names, teachers, layers):
+        if max(mine) > teacher.config.layers:
+            raise ValueError(f"{name} has {teacher.config.layers} layers, not {max(mine)}")
+    return layers
+
+
 # ---------------------------------------------------------------- the run
 
 
@@ -117,12 +129,10 @@ def main(arguments=None):
         names = short_names(args.teachers)
         teachers = [load_teacher(path, device) for path in args.teachers]
         check_frames(teachers, names)
-    with processes.together(f"--heads {max(args.heads)}"):
-        for name, teacher in zip(names, teachers):
-            if max(args.heads) > teacher.config.layers:
-                raise ValueError(f"{name} has {teacher.config.layers} layers")
+    with processes.together("--heads"):
+        layers = layers_of(args.heads, teachers, names)
     with processes.together(f"--agg {args.agg}"):
-        heads = aggregate.heads(args.agg, args.heads, [(name, t.config.dim) for name, t in zip(names, teachers)])
+        heads = aggregate.heads(args.agg, layers, [(name, t.config.dim) for name, t in zip(names, teachers)])
     torch.manual_seed(args.seed)
     student = Student(student_config(teachers[0].config, args.student_layers, args.dropout), heads)
     if args.init == "first":
@@ -137,7 +147,7 @@ def main(arguments=None):
         processes.stop(f"{what}; all must see the same")
 
     student.to(device).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, **ADAMW)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=args.weight_decay, **ADAMW)
     left_out = dict(corpus.left_out)
     if run:
         optimizer.load_state_dict(run["optimizer"])
@@ -177,7 +187,7 @@ def main(arguments=None):
             parts = zip(waveforms.chunk(args.accumulate), batch["readable"].chunk(args.accumulate))
             for part, (waves, readable) in enumerate(parts, start=1):
                 with torch.no_grad(), autocast():
-                    targets = targets_of([teacher(waves, layers=args.heads) for teacher in teachers])
+                    targets = targets_of([teacher(waves, layers=mine) for teacher, mine in zip(teachers, layers)])
                 model.require_backward_grad_sync = part == args.accumulate  # DDP adds up gradients once a step
                 with autocast():
                     predictions = model(waves)

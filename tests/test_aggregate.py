@@ -15,7 +15,7 @@ def test_aggregations_give_one_target_a_head_in_order():
         assert torch.equal(concat[layer], torch.cat([states[0][layer], states[1][layer]], dim=-1))
     assert all(torch.equal(a, b) for a, b in zip(separate, states[0] + states[1], strict=True))
     for how in aggregate.AGGREGATIONS:
-        heads = aggregate.heads(how, [2, 4, 6], [("hubert", 4), ("wavlm", 4)])
+        heads = aggregate.heads(how, [[2, 4, 6]] * 2, [("hubert", 4), ("wavlm", 4)])
         assert [dim for _, dim in heads] == [target.shape[-1] for target in aggregate.AGGREGATIONS[how](states)]
         assert len({name for name, _ in heads}) == len(heads)
 
@@ -28,6 +28,6 @@ def test_averages_are_taken_in_float32():
 def test_teachers_of_different_widths_cannot_be_averaged_but_stand_side_by_side():
     teachers = [("hubert", 768), ("wavlm_large", 1024)]
     with pytest.raises(ValueError, match="wavlm_large 1024"):
-        aggregate.heads("avg", [4], teachers)
-    assert aggregate.heads("concat", [4, 8], teachers) == [("layer4", 1792), ("layer8", 1792)]
-    assert aggregate.heads("none", [4], teachers) == [("hubert.layer4", 768), ("wavlm_large.layer4", 1024)]
+        aggregate.heads("avg", [[4], [4]], teachers)
+    assert aggregate.heads("concat", [[4, 8]] * 2, teachers) == [("layer4", 1792), ("layer8", 1792)]
+    assert aggregate.heads("none", [[4], [4]], teachers) == [("hubert.layer4", 768), ("wavlm_large.layer4", 1024)]

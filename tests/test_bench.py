@@ -44,7 +44,7 @@ def test_the_step_that_is_timed_is_train_pys(tmp_path, monkeypatch, agg):
 
     torch.manual_seed(0)
     names = [(str(number), SMALL.dim) for number in range(3)]
-    student = Student(student_config(SMALL), aggregate.heads(agg, [2, 4], names))
+    student = Student(student_config(SMALL), aggregate.heads(agg, [[2, 4]] * 3, names))
     initialise(student, ours.teachers[0])
     for name, weight in student.encoder.state_dict().items():
         assert torch.equal(ours.student.encoder.state_dict()[name], weight), name

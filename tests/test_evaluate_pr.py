@@ -94,7 +94,7 @@ def test_the_result_holds_what_was_run(fbank, corpus):
 @pytest.mark.parametrize("upstream", ["student.pt", "hubert.pt"])
 def test_hypotheses_do_not_depend_on_the_batch_size(upstreams, corpus, tmp_path, upstream):
     score(corpus, tmp_path, upstream=upstreams / upstream, steps=40)
-    best = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["best"]["probe"]
+    best = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["rates"][0]["best"]["probe"]
     lexicon = evaluate_pr.read_lexicon([corpus / "lexicon.txt"])
     phones = {phone: number for number, phone in enumerate(sorted(set(sum(lexicon.values(), []))), start=1)}
     spell = functools.partial(evaluate_pr.pronounce, lexicon=lexicon, numbers=phones)
@@ -103,7 +103,8 @@ def test_hypotheses_do_not_depend_on_the_batch_size(upstreams, corpus, tmp_path,
     model = probe.Probe(network.states, evaluate_pr.PhoneHead(network.dim, len(phones)))
     model.load_state_dict(best)
     alone, together = (
-        probe.predict(model, split, States(network, split.corpus), evaluate_pr.ctc_greedy, size) for size in (1, 16)
+        probe.predict([model], split, States(network, split.corpus), evaluate_pr.ctc_greedy, size)[0]
+        for size in (1, 16)
     )
     assert alone == together and len(set(map(str, alone))) > 3
     names = sorted(phones)
@@ -375,6 +376,9 @@ def test_utterances_with_fewer_frames_than_phones_are_counted(corpus, upstreams,
         (dict(steps=0), ["--steps", "1 or more"]),
         (dict(seed=2**64), ["--seed", "2^64"]),
         (dict(lr="fast"), ["--lr", "fast"]),
+        (dict(lr="1e-2,1e-2"), ["--lr", "once"]),
+        (dict(states="1,x"), ["--states", "0,4,12"]),
+        (dict(upstream="{upstreams}/hubert.pt", states="0,9"), ["--states 9", "0 to 4"]),
         (dict(cache_memory=2), ["--cache-memory", "from 0 to 1"]),
         (dict(out="{tmp}/strange"), ["strange", "--out"]),
     ],
@@ -446,7 +450,7 @@ def test_another_runs_folder_and_changed_data_are_refused_and_named(corpus, upst
 
 def test_the_protocols_defaults_are_superbs():
     args = evaluate_pr.parse(["--upstream", "runs/avg/student.pt"])
-    assert (args.steps, args.batch_size, args.lr) == (100_000, 32, 5e-4)
+    assert (args.steps, args.batch_size, args.lr) == (100_000, 32, 1e-2)
     assert args.splits == "train-clean-100,dev-clean,test-clean" or args.splits == [
         "train-clean-100",
         "dev-clean",
@@ -474,3 +478,74 @@ def test_help_documents_every_setting_with_its_default(capsys):
     ):
         assert f"--{flag}" in text
     assert text.count("default: ") >= 12
+
+
+# ---------------------------------------------------------------- several rates, and states that are chosen
+
+
+@pytest.fixture(scope="module")
+def sweep(upstreams, corpus, tmp_path_factory):
+    settings = dict(upstream=upstreams / "hubert.pt", steps=60, eval_every=20, lr="1e-4,1e-3,4e-3", log_every=10)
+    out = tmp_path_factory.mktemp("sweep") / "pr"
+    return out, settings, score(corpus, out, **settings)
+
+
+def test_several_rates_give_what_each_gives_alone_and_the_second_split_chooses(sweep, upstreams, corpus, tmp_path):
+    _, settings, result = sweep
+    assert list(result["curves"]) == ["0.0001", "0.001", "0.004"]
+    for rate, curve in result["curves"].items():
+        alone = score(corpus, tmp_path / rate, **settings | dict(lr=rate))
+        assert [step for step, _ in curve] == [20, 40, 60]
+        assert [value for _, value in curve] == pytest.approx([value for _, value in alone["curve"]], abs=0.02)
+        if float(rate) == result["lr"]:
+            assert result["per"] == pytest.approx(alone["per"], abs=0.02)
+    best = min(min(value for _, value in curve) for curve in result["curves"].values())
+    assert (
+        min(value for _, value in result["curve"]) == best and result["curve"] == result["curves"][f"{result['lr']:g}"]
+    )
+
+
+def test_a_rate_at_the_edge_of_those_tried_is_said_so(corpus, tmp_path, capsys):
+    result = score(corpus, tmp_path, steps=20, eval_every=20, lr="1e-7,1e-2")
+    captured = capsys.readouterr()
+    assert result["lr"] == 1e-2 and "--lr, 0.01, is at the edge" in captured.err and "best --lr" in captured.out
+
+
+def test_a_sweep_that_is_killed_and_started_again_ends_exactly_the_same(sweep, corpus, tmp_path):
+    _, settings, expected = sweep
+    save = probe.save_run
+
+    def save_and_die(args, fingerprints, probes, optimizer, progress):
+        save(args, fingerprints, probes, optimizer, progress)
+        if progress["scored"] == 40:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(probe, "save_run", save_and_die)
+        score(corpus, tmp_path, **settings)
+    assert comparable(score(corpus, tmp_path, **settings)) == comparable(expected)
+
+
+def test_a_rate_that_is_far_too_high_costs_the_others_nothing(corpus, tmp_path):
+    result = score(corpus, tmp_path, steps=160, eval_every=80, lr="1e20,1e-2,1e-3")
+    assert result["lr"] == 1e-2 and result["per"] < 1
+
+
+def test_a_save_of_the_time_of_one_rate_goes_on(fbank, corpus, tmp_path):
+    shutil.copytree(fbank[0], tmp_path / "out")
+    run = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    run |= {"format": "ekd-probe-1", "probe": run.pop("probes")[0]}
+    run["progress"] |= run["progress"].pop("rates")[0]
+    torch.save(run, tmp_path / "out" / "last.pt")
+    os.remove(tmp_path / "out" / "result.json")
+    assert comparable(score(corpus, tmp_path / "out", steps=240, eval_every=60)) == comparable(fbank[1])
+
+
+@pytest.mark.parametrize("which, layers", [("last", [4]), ("0,2", [0, 2]), ("all", [0, 1, 2, 3, 4])])
+def test_the_probe_sees_the_states_that_are_asked_for(upstreams, corpus, tmp_path, capsys, which, layers):
+    cache = tmp_path / "cache"
+    result = score(corpus, tmp_path / "out", upstream=upstreams / "hubert.pt", steps=2, states=which, cache=cache)
+    assert result["upstream"]["layers"] == layers and len(result["layer_weights"]) == len(layers)
+    assert f"state {layers[-1]:>2}" in capsys.readouterr().out
+    (folder,) = cache.iterdir()
+    assert folder.name.endswith(f"states-{'-'.join(map(str, layers))}") == (which != "all")

@@ -33,29 +33,28 @@ def score(out, **more):
 # ---------------------------------------------------------------- the head
 
 
-def test_the_mean_is_over_an_utterances_own_frames():
-    head, x = evaluate_sid.MeanHead(4, 3).eval(), torch.randn(2, 10, 4)
-    together = head(x, torch.tensor([10, 6]))
-    torch.testing.assert_close(together[1:], head(x[1:, :6], torch.tensor([6])))
-    by_hand = head.classes(head.projection(x[1, :6]).mean(0))
-    torch.testing.assert_close(together[1], by_hand)
+def test_the_mean_is_over_an_utterances_own_frames_and_commutes_with_what_superb_does_before_it():
+    head, x, frames = evaluate_sid.MeanHead(4, 3), torch.randn(2, 2, 10, 4), torch.tensor([10, 6])
+    model = probe.Probe(2, head)
+    with torch.no_grad():
+        model.weights.copy_(torch.tensor([0.5, -0.5]))
+    found = model(evaluate_sid.mean_over_frames(x, frames), frames)
+    mixed = torch.tensordot(model.weights.softmax(0), x, dims=1)
+    for place, length in enumerate(frames.tolist()):  # SUPERB's order
+        by_hand = head.classes(head.projection(mixed[place, :length]).mean(0))
+        torch.testing.assert_close(found[place], by_hand)
 
 
 def test_training_sees_a_crop_and_scoring_all():
-    head = evaluate_sid.MeanHead(1, 1, longest=5)
-    for layer in (head.projection, head.classes):
-        torch.nn.init.constant_(layer.weight, 1 / len(layer.weight.flatten()))
-        torch.nn.init.zeros_(layer.bias)
-    x = torch.arange(20.0)[None, :, None].repeat(640, 1, 1)
+    x = torch.arange(20.0)[None, None, :, None].repeat(1, 640, 1, 1)
     frames = torch.tensor([20, 4] * 320)
     torch.manual_seed(0)
-    scale = head.eval()(torch.ones(1, 1, 1), torch.tensor([1])).item()
-    seen = head.train()(x, frames)[:, 0] / scale
+    seen = evaluate_sid.mean_over_frames(x, frames, 5)[0, :, 0]
     assert torch.allclose(seen[1::2], torch.tensor(1.5))  # 0..3: shorter than the crop
     starts = (seen[::2] - 2).round()  # the mean of five frames from `start` on is start + 2
     torch.testing.assert_close(seen[::2], starts + 2)
     assert sorted(starts.unique().tolist()) == list(range(16))
-    torch.testing.assert_close(head.eval()(x, frames)[::2, 0] / scale, torch.full((320,), 9.5))
+    torch.testing.assert_close(evaluate_sid.mean_over_frames(x, frames)[0, ::2, 0], torch.full((320,), 9.5))
 
 
 # ---------------------------------------------------------------- the score
@@ -65,13 +64,18 @@ def test_the_crop_is_in_seconds_and_the_best_step_the_most_accurate(speakers, tm
     class Asked(Exception):
         pass
 
-    def evaluate(*_, make_head, higher_is_better, **__):
-        raise Asked(make_head(240).longest, higher_is_better)
+    def evaluate(*_, pool, higher_is_better, **__):
+        x = torch.arange(100.0)[None, None, :, None].repeat(1, 8, 1, 1)
+        means = [pool(x, torch.tensor([100] * 8), training)[0, :, 0] for training in (True, False)]
+        raise Asked(means, higher_is_better)
 
     monkeypatch.setattr(probe, "evaluate", evaluate)
     with pytest.raises(Asked) as asked:
         evaluate_sid.main(flags(tmp_path, upstream="fbank", manifest=speakers, crop=0.5))
-    assert asked.value.args == (48, True)  # frames of half a second, 10 ms apart
+    (crops, wholes), higher_is_better = asked.value.args
+    starts = crops - 23.5  # 48 frames of half a second, 10 ms apart
+    torch.testing.assert_close(starts, starts.round(), atol=1e-3, rtol=0)
+    assert len(set(starts.tolist())) > 1 and set(wholes.tolist()) == {49.5} and higher_is_better
 
 
 def test_a_crop_without_frames_is_refused(tmp_path, capsys, speakers):
@@ -96,9 +100,15 @@ def test_classes_do_not_depend_on_the_batch_size(speakers, upstreams, name):
     _, splits = evaluate_sid.read_splits(*evaluate_sid.read_manifest(str(speakers)))
     network = probe.Upstream(str(upstreams / name), precision="fp32")
     torch.manual_seed(0)
-    model = probe.Probe(network.states, evaluate_sid.MeanHead(network.dim, 50, longest=20))
+    model = probe.Probe(network.states, evaluate_sid.MeanHead(network.dim, 50))
     states = States(network, splits[2].corpus)
-    alone, together = (probe.predict(model, splits[2], states, lambda x, frames: x.tolist(), size) for size in (1, 16))
+
+    def pool(x, frames, training):
+        return evaluate_sid.mean_over_frames(x, frames)
+
+    alone, together = (
+        probe.predict([model], splits[2], states, lambda x, frames: x.tolist(), size, pool=pool)[0] for size in (1, 16)
+    )
     np.testing.assert_allclose(alone, together, atol=2e-3)  # bfloat16 states
     assert [np.argmax(one) for one in alone] == [np.argmax(one) for one in together]
 

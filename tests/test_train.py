@@ -184,6 +184,29 @@ def test_each_aggregation_trains_its_heads_and_the_loss_falls(job, agg):
     assert lines[-1]["loss"] < lines[0]["loss"]
 
 
+def test_teachers_of_different_depth_have_layers_of_their_own(job):
+    distil(job, "depths", heads="2,4/2,3/1,4", steps=2)
+    student = load_student(job / "depths" / "student.pt")
+    assert student.head_names == ["layer2-2-1", "layer4-3-4"]
+    settings = json.loads((job / "depths" / "config.json").read_text())["settings"]
+    assert settings["heads"] == [[2, 4], [2, 3], [1, 4]]
+    distil(job, "depths", heads="2,4/2,3/1,4", steps=2)  # known again
+    assert metrics(job / "depths")[0]["l1/layer4-3-4"] > 0
+
+
+@pytest.mark.parametrize("change", [dict(processes=2), dict(accumulate=2)])
+def test_with_dropout_processes_and_accumulation_change_the_student_no_more_than_another_seed(job, change):
+    whole, seed, other = (
+        distil(job, f"dropout{number}{list(change)[0]}", dropout=0.1, **more)
+        for number, more in enumerate([{}, dict(seed=1), change])
+    )
+
+    def apart(a, b):
+        return sum(float((a[name] - b[name]).norm()) for name in a)
+
+    assert 0 < apart(whole, other) < apart(whole, seed)
+
+
 def test_bf16_and_a_student_from_scratch_train_too(job):
     distil(job, "bf16", precision="bf16", init="none", steps=12, student_layers=3, dropout=0.1)
     lines = metrics(job / "bf16")
@@ -305,7 +328,10 @@ def refusal(capsys, arguments):
         (dict(teachers="{job}/student.pt"), ["student.pt", "a student", "export.py"]),
         (dict(seed="9" * 23), ["--seed", "2^64"]),
         (dict(teachers="{job}/missing.pt"), ["missing.pt", "encoder.layers.1.fc1.weight"]),
-        (dict(heads="2,5"), ["--heads 5", "4 layers"]),
+        (dict(heads="2,5"), ["--heads: hubert has 4 layers, not 5"]),
+        (dict(heads="2,4/2,4"), ["--heads", "2 lists for 3 teachers"]),
+        (dict(heads="2,4/2,4/3"), ["--heads", "as many layers"]),
+        (dict(heads="2,4/2,4/3,5"), ["--heads", "wavlm has 4 layers"]),
         (dict(heads="2,2"), ["--heads", "once"]),
         (dict(heads="two"), ["--heads", "two"]),
         (dict(heads="0,2"), ["--heads", "from 1"]),
@@ -368,7 +394,7 @@ def test_tensorboard_is_asked_for_where_it_is_missing(job, capsys, tmp_path):
 
 def test_under_torchrun_one_process_says_it_once(job, tmp_path):
     done = run("train.py", *flags(job, tmp_path / "out", heads="2,7"), cwd=job, processes=2)
-    assert done.returncode != 0 and done.stderr.count("train.py: --heads 7") == 1
+    assert done.returncode != 0 and done.stderr.count("train.py: --heads: hubert has 4 layers, not 7") == 1
     assert f'{ROOT / "train.py"}", line' not in done.stderr  # torchrun's own traceback, none of ours
     uneven = run("train.py", *flags(job, tmp_path / "out", batch_size=9), cwd=job, processes=2)
     assert uneven.stderr.count("train.py: --batch-size 9 does not divide over 2 processes") == 1
