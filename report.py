@@ -92,6 +92,14 @@ class Metrics:
             self.board.add_scalar(name, m[name], m["step"])
 
 
+def find_tensorboard():
+    """Raises ValueError where it is not installed."""
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise ValueError("--tensorboard needs a package that is not there: pip install tensorboard") from None
+
+
 def _step_of(line):
     try:
         return json.loads(line)["step"]

@@ -136,6 +136,17 @@ def short_names(paths):
     return [f"{stem}-{count}" if count > 1 else stem for stem, count in zip(stems, counts)]
 
 
+def layers_of(heads, teachers, names):
+    """The layers of each teacher that are predicted, a list for each. Raises ValueError where a teacher lacks one."""
+    layers = heads if isinstance(heads[0], list) else [heads] * len(teachers)
+    if len(layers) != len(teachers):
+        raise ValueError(f"{len(layers)} lists for {len(teachers)} teachers; give one for all, or one for each")
+    for name, teacher, mine in zip(names, teachers, layers):
+        if max(mine) > teacher.config.layers:
+            raise ValueError(f"{name} has {teacher.config.layers} layers, not {max(mine)}")
+    return layers
+
+
 def check_frames(teachers, names):
     """Raises ValueError where a teacher's frames are not those of the first."""
     for name, teacher in zip(names, teachers):

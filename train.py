@@ -23,10 +23,10 @@ import demo
 import processes
 from losses import distillation_loss
 from processes import DISTRIBUTED, RANK, WORLD_SIZE
-from report import Metrics, warn_left_out
+from report import Metrics, find_tensorboard, warn_left_out
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
 from student import Student, initialise, save_student, student_config
-from teachers import check_frames, digest, load_teacher, short_names
+from teachers import check_frames, digest, layers_of, load_teacher, short_names
 
 # Settings that may change when a run is resumed: they change no weight beyond rounding, but for --accumulate, --compile
 # and the number of processes, which draw other dropout. Audio and teachers are known by what they are, not by their paths.
@@ -91,17 +91,6 @@ def learning_rate(step, args):
     """Of step 1..steps: a linear rise over the first share, then a linear fall that reaches 0 after the last."""
     warmup = max(1, round(args.warmup * args.steps))
     return args.lr * min(step / warmup, (args.steps + 1 - step) / (args.steps + 1 - warmup))
-
-
-def layers_of(heads, teachers, names):
-    """The layers of each teacher that are predicted, a list for each. Raises ValueError where a teacher lacks one."""
-    layers = heads if isinstance(heads[0], list) else [heads] * len(teachers)
-    if len(layers) != len(teachers):
-        raise ValueError(f"{len(layers)} lists for {len(teachers)} teachers; give one for all, or one for each")
-    for name, teacher, mine in zip(names, teachers, layers):
-        if max(mine) > teacher.config.layers:
-            raise ValueError(f"{name} has {teacher.config.layers} layers, not {max(mine)}")
-    return layers
 
 
 # ---------------------------------------------------------------- the run
@@ -277,13 +266,6 @@ def write_config(args, heads, done):
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         config = {"settings": vars(args), "heads": [name for name, _ in heads], "processes": WORLD_SIZE}
         write_text(path, json.dumps(config | {"versions": versions}, indent=2))
-
-
-def find_tensorboard():
-    try:
-        import torch.utils.tensorboard  # noqa: F401
-    except ImportError:
-        raise ValueError("--tensorboard needs a package that is not there: pip install tensorboard") from None
 
 
 def introduce(args, corpus, batches, teachers, student, where, done):
