@@ -7,6 +7,9 @@
 The step is train.py's, with a clock between its parts; its waveforms come from files, through data.py.
 """
 
+import processes
+from processes import DISTRIBUTED, RANK, WORLD_SIZE
+
 import argparse
 import contextlib
 import functools
@@ -26,10 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import aggregate
 import data
-import processes
 from encoder import EncoderConfig, SpeechEncoder
 from losses import distillation_loss
-from processes import DISTRIBUTED, RANK, WORLD_SIZE
 from student import Student, initialise, student_config
 from train import ADAMW
 

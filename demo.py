@@ -5,6 +5,8 @@
 README's promise kept here: the demo needs no download, and writes in data/demo and runs/demo-avg alone.
 """
 
+import processes
+
 import argparse
 import os
 import shutil
@@ -17,7 +19,6 @@ import soundfile
 import torch
 import torch.nn.functional as F
 
-import processes
 from data import SAMPLE_RATE, files_under, read_audio
 from encoder import EncoderConfig, SpeechEncoder
 from export import save_official

@@ -6,13 +6,14 @@
 Transcripts, CTC and edits are those of evaluate_pr.py. Running the same command again resumes the run.
 """
 
+import processes
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import demo
 import probe
-import processes
 import report
 from evaluate_pr import ctc_greedy, ctc_loss, edits, error_rows, kinds_of_errors, read_splits, too_short
 

@@ -8,6 +8,8 @@ over five folds, a session held out each time.
 Running the same command again resumes the run.
 """
 
+import processes
+
 import argparse
 import os
 import re
@@ -18,7 +20,6 @@ import torch
 import data
 import demo
 import probe
-import processes
 import report
 from evaluate_sid import MeanHead, class_loss, class_of, labelled_corpus, mean_over_frames, read_table, right
 from states import States

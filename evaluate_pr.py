@@ -7,6 +7,8 @@ Where this is not s3prl: MEASURED.md has the table.
 Running the same command again resumes the run.
 """
 
+import processes
+
 import collections
 import functools
 import os
@@ -20,7 +22,6 @@ from torch import nn
 import data
 import demo
 import probe
-import processes
 import report
 
 NOT_IN_LEXICON = "not in the lexicon:"

@@ -7,6 +7,8 @@
 Where this is not s3prl: MEASURED.md has the table. Running the same command again resumes the run.
 """
 
+import processes
+
 import csv
 import os
 
@@ -17,7 +19,6 @@ from torch import nn
 import data
 import demo
 import probe
-import processes
 import report
 
 SPLITS = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt

@@ -5,12 +5,13 @@
 The names of weights and settings are those that teachers.py reads by: its tables NAMES and SETTINGS.
 """
 
+import processes
+
 import json
 import os
 
 import torch
 
-import processes
 from safe_files import load_safely, write_text, write_whole
 from student import load_student
 from teachers import SETTINGS, official_name, parts_of

@@ -8,6 +8,8 @@ Protocol: SUPERB, arXiv:2105.01051, after s3prl's downstream tasks. The upstream
 What a task is stands in its evaluate_*.py; how states are kept, in states.py.
 """
 
+import processes
+
 import argparse
 import contextlib
 import functools
@@ -24,7 +26,6 @@ import torchaudio
 from torch import nn
 
 import data
-import processes
 import report
 from safe_files import check_settings, claimed, newest_save, write_whole
 from states import States, by_length, keep_states

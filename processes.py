@@ -10,11 +10,19 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 
-import numpy as np
-import torch
-import torch.distributed as dist
+# Ctrl-C while torch is imported is no traceback: for that long the system's own handler has it.
+_IN_MAIN_THREAD = threading.current_thread() is threading.main_thread()
+_BEFORE = signal.signal(signal.SIGINT, signal.SIG_DFL) if _IN_MAIN_THREAD else None
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+if _IN_MAIN_THREAD:
+    signal.signal(signal.SIGINT, _BEFORE)
 
 
 def _who(environment):

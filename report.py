@@ -5,6 +5,9 @@
 README's promises kept here: an interval beside every score; every file that is left out is named once and counted.
 """
 
+import processes
+from processes import RANK, WORLD_SIZE
+
 import functools
 import json
 import os
@@ -15,8 +18,6 @@ import numpy as np
 import torch
 
 import data
-import processes
-from processes import RANK, WORLD_SIZE
 from safe_files import write_text
 
 # ---------------------------------------------------------------- while a run goes on
@@ -105,6 +106,16 @@ def _step_of(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # a line cut short when the run was killed
         return float("inf")
+
+
+def stop_not_finite(args, step, saved, loss, paths):
+    """Ends the run on every process, naming the files of those whose own loss is not finite, else all of the batch."""
+    shares = processes.gather((bool(torch.isfinite(loss)), paths))
+    files = [path for finite, share in shares if not finite for path in share]
+    what = "loss" if files else "gradient"
+    files = files or [path for _, share in shares for path in share]
+    kept = f"{args.out} is as saved after step {saved}" if saved else "nothing was saved yet"
+    processes.stop(f"step {step}: the {what} is not finite; files of the batch: {', '.join(files)}; {kept}")
 
 
 def warn_left_out(left_out):

@@ -8,6 +8,8 @@ README's promises kept here: files are filled once, carried on after a kill, nev
 a disk without room is known before anything is computed.
 """
 
+import processes
+
 import contextlib
 import hashlib
 import os
@@ -18,7 +20,6 @@ import soundfile
 import torch
 
 import data
-import processes
 from report import clock
 from safe_files import locked, write_text
 

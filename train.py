@@ -6,6 +6,9 @@
 One file, read from top to bottom: settings, set-up, the loop. Running the same command again resumes the run.
 """
 
+import processes
+from processes import DISTRIBUTED, RANK, WORLD_SIZE
+
 import argparse
 import contextlib
 import functools
@@ -20,10 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 import aggregate
 import data
 import demo
-import processes
 from losses import distillation_loss
-from processes import DISTRIBUTED, RANK, WORLD_SIZE
-from report import Metrics, find_tensorboard, warn_left_out
+from report import Metrics, find_tensorboard, stop_not_finite, warn_left_out
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
 from student import Student, initialise, save_student, student_config
 from teachers import check_frames, digest, layers_of, load_teacher, short_names
@@ -283,16 +284,6 @@ def introduce(args, corpus, batches, teachers, student, where, done):
         print(f"{args.out}: finished, {done} of {args.steps} steps; give --out another folder for another run")
     else:
         print(f"{args.out}: {f'resuming after step {done}' if done else f'{args.steps:,} steps to go'}", flush=True)
-
-
-def stop_not_finite(args, step, saved, loss, paths):
-    """Ends the run on every process, naming the files of those whose own loss is not finite, else all of the batch."""
-    shares = processes.gather((bool(torch.isfinite(loss)), paths))
-    files = [path for finite, share in shares if not finite for path in share]
-    what = "loss" if files else "gradient"
-    files = files or [path for _, share in shares for path in share]
-    kept = f"{args.out} is as saved after step {saved}" if saved else "nothing was saved yet"
-    processes.stop(f"step {step}: the {what} is not finite; files of the batch: {', '.join(files)}; {kept}")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def test_the_demo_runs_under_torchrun_in_two_minutes_and_the_loss_falls_by_half(
     assert load_student(folder / "runs" / "demo-avg" / "student.pt").head_names == ["layer2", "layer3", "layer4"]
 
 
-@pytest.mark.parametrize("task", ["pr", pytest.param("sid", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["pr", "sid"])
 def test_the_students_inheritance_is_seen_on_the_demo(demo, task):
     folder, _, _ = demo
     started = time.monotonic()

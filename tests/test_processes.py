@@ -1,13 +1,15 @@
 """processes.py: starting, agreeing and stopping together, and machines that lack something."""
 
+import processes
+
 import io
+import signal
+import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, flags_of, run
-
-import processes
+from conftest import ROOT, environment, flags_of, run
 
 WHOLE = dict(
     RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29500"
@@ -132,3 +134,17 @@ def test_what_ends_one_process_alone_is_one_line(monkeypatch, capsys, error, wor
     errors.flush()
     line = errors.buffer.getvalue().decode()
     assert end.value.code == 1 and line.count("\n") == 1 and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("program", ["train.py", "evaluate_pr.py"])
+def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, program):
+    slow = "import os, sys, time\nclass Slow:\n    def find_spec(self, name, *_):\n        if name == 'torch':\n"
+    slow += "            print('importing', flush=True)\n            time.sleep(30)\nsys.meta_path.insert(0, Slow())\n"
+    path = sitecustomize(tmp_path / "slow", slow)
+    command = [sys.executable, str(ROOT / program), "--demo"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(PYTHONPATH=path), **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT and errors == ""

@@ -1,5 +1,7 @@
 """states.py: hidden states that are computed once and kept."""
 
+import processes
+
 import os
 import types
 
@@ -8,7 +10,6 @@ import torch
 from conftest import write_audio
 
 import probe
-import processes
 import states as states_file
 
 

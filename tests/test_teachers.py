@@ -110,6 +110,18 @@ def test_a_distilhubert_in_s3prls_form_is_a_teacher(tmp_path):
     assert largest_difference(states(found, noise(1, 5000)), states(source, noise(1, 5000))) < 1e-4
 
 
+def test_fairseqs_wav2vec2_loads_without_its_quantizer(tmp_path, capsys):
+    source = random_encoder(**LARGE)  # XLS-R's shape
+    save_official(source, tmp_path / "t.pt", "fairseq")
+    content = torch.load(tmp_path / "t.pt", weights_only=True)
+    extras = ["quantizer.vars", "quantizer.weight_proj.weight", "project_q.weight", "final_proj.bias", "mask_emb"]
+    content["model"] |= {name: torch.zeros(3) for name in extras}
+    torch.save(content, tmp_path / "t.pt")
+    found = load_teacher(tmp_path / "t.pt")
+    assert largest_difference(states(found, noise(1, 5000)), states(source, noise(1, 5000))) < 1e-4
+    assert capsys.readouterr().err == ""
+
+
 def test_fairseqs_data2vec_is_read_by_its_names(tmp_path):
     source = random_encoder(conv_norm="layer", pos_depth=3, pos_kernel=19)
     save_official(source, tmp_path / "t.pt", "fairseq")
