@@ -31,6 +31,7 @@ import aggregate
 import data
 from encoder import EncoderConfig, SpeechEncoder
 from losses import distillation_loss
+from states import Ensemble, States, WithTargets
 from student import Student, initialise, student_config
 from train import ADAMW
 
@@ -52,6 +53,7 @@ def parse(arguments=None):
     add("--steps", type=processes.count, default=5, help="steps that are timed, after two that are not")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
+    add("--cache", action="store_true", help="time the step with kept targets too, in turn with ours (train.py --cache)")
     add("--peer", action="store_true", help="time the step as transformers' models do it too, in float32 on the padded batch, in turn with ours (needs transformers)")
     add("--loader", action="store_true", help="time data.py alone instead, on --data")
     add("--data", default="data/LibriSpeech", help="for --loader: folder of audio, or a fairseq manifest (.tsv)")
@@ -124,7 +126,8 @@ class Ours:
             devices = [device.index] if device.type == "cuda" else None
             self.model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
         self.targets_of, self.layers, self.device = aggregate.AGGREGATIONS[args.agg], args.heads, device
-        self.loader = iter(data.load_batches(batches, 0, 10**9, args.workers, pin_memory=device.type == "cuda"))
+        self.workers = args.workers
+        self.loader = data.load_batches(batches, 0, 10**9, args.workers, pin_memory=device.type == "cuda")
         self.precision = processes.precision(args.precision, device)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.precision == "bf16")
@@ -133,14 +136,30 @@ class Ours:
         for module in (*self.teachers, self.student):
             module.compile()
 
-    def step(self, clock=None):
-        """One step; returns the seconds of audio in it."""
+    def keep_targets(self, batches):
+        """Keeps the targets of the whole corpus in memory, and has its own loader for steps with them."""
+        dims = [head[-1].out_features for head in self.student.heads]
+        layers = [self.layers] * len(self.teachers)
+        ensemble = Ensemble(self.teachers, layers, self.targets_of, dims, self.autocast, self.device)
+        states = States(ensemble, batches.corpus)
+        states.keep(None, "the teachers", 1)
+        batches = data.Batches(batches.corpus, batches.batch_size, batches.max_samples, grid=ensemble.hop)
+        items = WithTargets(batches, states.kept, ensemble.field)
+        self.kept_loader = data.load_batches(items, 0, 10**9, self.workers, pin_memory=self.device.type == "cuda")
+        self.dims = dims
+
+    def step(self, clock=None, kept=False):
+        """One step, with kept targets or with the teachers; returns the seconds of audio in it."""
         mark = clock.mark if clock else lambda name: None
         mark("before")
-        waves = next(self.loader)["waveforms"].to(self.device, non_blocking=True)
+        batch = next(self.kept_loader if kept else self.loader)
+        waves = batch["waveforms"].to(self.device, non_blocking=True)
         mark("data")
-        with torch.no_grad(), self.autocast():
-            targets = self.targets_of([teacher(waves, layers=self.layers) for teacher in self.teachers])
+        if kept:
+            targets = batch["targets"].to(self.device, non_blocking=True).float().split(self.dims, dim=-1)
+        else:
+            with torch.no_grad(), self.autocast():
+                targets = self.targets_of([teacher(waves, layers=self.layers) for teacher in self.teachers])
         mark("teachers")
         with self.autocast():
             predictions = self.model(waves)
@@ -268,10 +287,16 @@ def time_steps(args, device):
         for _ in range(2 if peer else 0):
             peer.step()
 
-        clock, limits, steps, peer_steps = Clock(device), [], [], []
+        if args.cache:
+            ours.keep_targets(batches)
+            for _ in range(2):
+                ours.step(kept=True)
+        clock, limits, steps, kept_steps, peer_steps = Clock(device), [], [], [], []
         for _ in range(args.steps):
             limits.append(sum(processes.gather(matrix_product(device, ours.dtype))))
             steps.append(timed(lambda: ours.step(clock), device))
+            if args.cache:
+                kept_steps.append(timed(lambda: ours.step(kept=True), device))
             if peer:
                 peer_steps.append(timed(peer.step, device))
         if args.profile:
@@ -283,6 +308,9 @@ def time_steps(args, device):
     limit = statistics.median(limits)
     figures |= {"flops_per_step": flops, "flops_per_second": flops / seconds, "limit_flops_per_second": limit}
     figures |= {"share_of_limit": flops / seconds / limit, "precision": ours.precision}
+    if args.cache:
+        kept_seconds = statistics.median(spent for spent, _ in kept_steps)
+        figures |= {"kept_seconds_per_step": kept_seconds, "kept_ratio": seconds / kept_seconds}
     if peer:
         peer_seconds = statistics.median(spent for spent, _ in peer_steps)
         figures["peer_audio_per_second"] = peer_steps[0][1] / peer_seconds
@@ -359,11 +387,13 @@ def show_steps(args, figures, device):
     rows += [("a step's FLOPs", f"{f['flops_per_step']:.3g}"), ("FLOPs a second", f"{f['flops_per_second']:.3g}")]
     rows += [("the limit", f"{f['limit_flops_per_second']:.3g}, a matrix product in {f['precision']}")]
     rows += [("share of the limit", f"{f['share_of_limit']:.1%}")]
+    if args.cache:
+        rows += [("a step, targets kept", f"{f['kept_seconds_per_step']:.3g} s, {f['kept_ratio']:.2f} times as fast")]
     if args.peer:
         rows += [("transformers, fp32", f"{f['peer_audio_per_second']:.3g} s of speech a second")]
         rows += [("ours to that", f"{f['ratio_to_peer']:.2f} times")]
     for name, value in rows:
-        print(f"  {name:20}{value}")
+        print(f"  {name:22}{value}")
 
 
 def show_loader(args, figures):

@@ -87,16 +87,17 @@ class Batches(torch.utils.data.Dataset):
     seed, epoch and utterance alone, never on the number of processes or workers; step n can be had without the
     steps before it, so that a resume reads nothing twice.
 
-    batch_size: utterances a step over all processes; max_samples: longest cut.
+    batch_size: utterances a step over all processes; max_samples: longest cut; grid: cuts begin at its multiples.
     Raises ValueError where the batch does not divide over the processes or is larger than the corpus.
     """
 
-    def __init__(self, corpus, batch_size, max_samples, seed=0, rank=0, world_size=1):
+    def __init__(self, corpus, batch_size, max_samples, seed=0, rank=0, world_size=1, grid=1):
         if batch_size % world_size:
             raise ValueError(f"a batch of {batch_size} does not divide over {world_size} processes")
         if batch_size > len(corpus):
             raise ValueError(f"a batch of {batch_size} is more than the {len(corpus)} utterances there are")
         self.corpus, self.batch_size, self.max_samples, self.seed = corpus, batch_size, max_samples, seed
+        self.grid = grid
         share = batch_size // world_size
         self.share = slice(rank * share, (rank + 1) * share)
         self.steps_an_epoch = len(corpus) // batch_size
@@ -118,21 +119,26 @@ class Batches(torch.utils.data.Dataset):
         cuts = np.where(shortest >= GRID, shortest // GRID * GRID, shortest)
         return utterances, cuts, rng.random(len(self.corpus))
 
+    def crops(self, step):
+        """(utterances, their first samples, samples of each) of this process's share of a step's batch."""
+        epoch, row = divmod(step, self.steps_an_epoch)
+        if self.epoch != epoch:
+            self.epoch, self.planned = epoch, self.plan(epoch)
+        utterances, cuts, positions = self.planned
+        mine, cut = utterances[row, self.share], int(cuts[row])
+        starts = (positions[mine] * (self.corpus.samples[mine] - cut + 1)).astype(int)
+        return mine, (starts // self.grid * self.grid).tolist(), cut
+
     def __getitem__(self, step):
         """This process's share of a step's batch, steps counted from 0, as a dict.
 
         "waveforms": (share, samples); "paths": [str]; "readable": (share,) bool. An utterance that cannot be read is
         silent, and named in "left_out": {path: reason}.
         """
-        epoch, row = divmod(step, self.steps_an_epoch)
-        if self.epoch != epoch:
-            self.epoch, self.planned = epoch, self.plan(epoch)
-        utterances, cuts, positions = self.planned
-        mine, cut = utterances[row, self.share], int(cuts[row])
+        mine, starts, cut = self.crops(step)
         paths = [self.corpus.paths[i] for i in mine]
         waveforms, left_out = torch.zeros(len(mine), cut), {}
-        for waveform, path, i in zip(waveforms, paths, mine):
-            start = int(positions[i] * (self.corpus.samples[i] - cut + 1))
+        for waveform, path, i, start in zip(waveforms, paths, mine, starts):
             try:
                 expected = int(self.corpus.samples[i])
                 waveform.copy_(read_audio(os.path.join(self.corpus.root, path), start, cut, expected))

@@ -28,12 +28,11 @@ from torch import nn
 import data
 import report
 from safe_files import check_settings, claimed, newest_save, write_whole
-from states import States, by_length, keep_states
+from states import AT_ONCE, States, by_length, keep_states
 from student import load_student
 from teachers import TEACHERS, digest, load_teacher
 
 FORMAT = "ekd-probe-2"  # the first had one learning rate
-AT_ONCE = 160 * 16000  # samples, with padding, that go through the upstream together: its convolutions need the memory
 # Settings that may change when a run is resumed. Upstream and data are known by what they are, not by their paths.
 FREE = {"out", "cache", "cache_memory", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
 

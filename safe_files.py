@@ -89,6 +89,13 @@ def locked(path):
 
 
 @contextlib.contextmanager
+def locked_now(path):
+    """Within it this process alone holds the lock file `path`, or another does: gives which, without waiting."""
+    with open(path, "w") as file:
+        yield _lock(file, wait=False)
+
+
+@contextlib.contextmanager
 def claimed(folder):
     """Within it other runs are kept out of a folder. Raises ValueError where another is in it."""
     with open(os.path.join(folder, "lock"), "w") as file:

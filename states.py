@@ -1,7 +1,7 @@
 """The hidden states of a frozen network, computed once and kept: in memory where there is room, or in files.
 
     states = States(upstream, corpus)
-    states.keep("cache/hubert.states", "train-clean-100", batch_size=32, workers=4, asked=[])
+    states.keep("cache/hubert", "train-clean-100", batch_size=32)
     for utterances, x, frames in states.batches(plan): ...         # x: (states, batch, frames, dim)
 
 README's promises kept here: files are filled once, carried on after a kill, never those of other audio or weights, and
@@ -9,10 +9,14 @@ a disk without room is known before anything is computed.
 """
 
 import processes
+from processes import RANK, WORLD_SIZE
 
+import concurrent.futures
 import contextlib
 import hashlib
+import json
 import os
+import shutil
 import time
 
 import numpy as np
@@ -21,18 +25,27 @@ import torch
 
 import data
 from report import clock
-from safe_files import locked, write_text
+from safe_files import locked_now, write_whole
+
+BLOCK = 32  # utterances whose states come into one file, and are lost where a kill comes before it is whole
+AT_ONCE = 160 * 16000  # samples, with padding, that go through a network together: its convolutions need the memory
 
 
 class States:
-    """The upstream's hidden states of a corpus, batch by batch: computed for each batch until `keep` has kept them."""
+    """A frozen network's hidden states of a corpus: computed for each batch until `keep` has kept them.
 
-    def __init__(self, upstream, corpus):
-        self.upstream, self.corpus = upstream, corpus
+    upstream: has `frames`, `states`, `dim`, `device`, and gives (states, batch, frames, dim) for waveforms and lengths.
+    dtype: in which they are kept.
+    """
+
+    def __init__(self, upstream, corpus, dtype=torch.bfloat16):
+        self.upstream, self.corpus, self.dtype = upstream, corpus, dtype
         self.frames = upstream.frames(torch.from_numpy(corpus.samples))
         self.sizes = self.frames * upstream.states * upstream.dim
-        self.bytes = 2 * int(self.sizes.sum())
-        self.row = self.path = None  # where they are kept: every utterance's (states, frames, dim) one after another
+        self.bytes = dtype.itemsize * int(self.sizes.sum())
+        order = by_length(corpus.samples)
+        self.blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]  # the longest first: room shows early
+        self.kept = None
 
     def batches(self, plan, first=0, last=None, workers=0):
         """Yields (utterances, their states as Probe takes them, their frames) of steps first..last-1, on the device.
@@ -40,8 +53,8 @@ class States:
         plan[step]: the step's utterances, indices into the corpus. A file that cannot be read ends the program.
         """
         device, last = self.upstream.device, len(plan) if last is None else last
-        workers = workers if self.row is None else 0  # memory is nearer than another process
-        items = _Items(self, plan)
+        workers = workers if self.kept is None or self.kept.folder else 0  # memory is nearer than another process
+        items = _Items(self.corpus, plan, self.kept)
         for item in data.load_batches(items, first, last, workers, pin_memory=device.type == "cuda"):
             if "unreadable" in item:
                 processes.stop(item["unreadable"])
@@ -51,121 +64,219 @@ class States:
                 states = self.upstream(item["waveforms"].to(device, non_blocking=True), item["lengths"].to(device))
             yield item["utterances"].tolist(), states.float(), self.frames[item["utterances"]].to(device)
 
-    def keep(self, path, name, batch_size, workers, asked):
-        """Runs the upstream over the corpus once and keeps its states: in memory, or in a file where a path is given.
+    def keep(self, folder, name, batch_size, asked=(), silent=False):
+        """Runs the upstream over the corpus once and keeps its states: in files in `folder`, or in memory where it is None.
 
-        A file that is there is used; one that an interrupted run has begun is carried on. asked: the signals that came
-        (see processes.signals), looked at between batches.
-        Raises OSError where the disk has no room, ValueError where the file is not what it should be.
+        Files that are there are used, so that what was interrupted is carried on; several processes, on any number of
+        machines, share the work. asked: the signals that came (see processes.signals), looked at between batches.
+        silent: an utterance that cannot be read is silence; otherwise it ends the program.
+        Raises OSError where there is no room, and what the upstream raises.
         """
-        if path is None:
-            row = torch.empty(self.bytes // 2, dtype=torch.bfloat16)
-            for _ in self._fill(row, 0, name, batch_size, workers):
+        kept = Kept(self, folder)
+        spoken, started, shown = 0, time.monotonic(), time.monotonic()
+        missing = kept.missing()
+        left = sum(int(self.frames[self.blocks[number]].sum()) for number in missing)
+        if missing and folder:
+            os.makedirs(folder, exist_ok=True)
+            needed = sum(kept.bytes[number] for number in missing)
+            if shutil.disk_usage(folder).free < needed:
+                raise OSError(f"{folder}: no room for {needed / 1e9:.3g} GB; give --cache another folder")
+        while missing:
+            mine = sorted(missing, key=lambda number: (number % WORLD_SIZE != RANK, number))
+            for number in mine:  # its own share first, then what others have not begun
+                with kept.alone(number) as free:
+                    if not free or number not in kept.missing([number]):
+                        continue
+                    kept.write(number, self._compute(self.blocks[number], batch_size, asked, silent))
+                spoken += int(self.frames[self.blocks[number]].sum())
+                if time.monotonic() - shown > 20 or number == mine[-1]:
+                    shown = time.monotonic()
+                    seconds_left = (shown - started) / spoken * max(0, left / WORLD_SIZE - spoken)
+                    done = len(self.blocks) - len(kept.missing())
+                    if RANK == 0:
+                        what = f"{done:,} of {len(self.blocks):,} blocks of {BLOCK} utterances"
+                        print(f"states of {name}: {what}  {clock(seconds_left)} left", flush=True)
+            missing = kept.missing()
+            if missing:  # others are at work on them
                 processes.heed(asked)
-            self.row = row
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with locked(path + ".lock"):
-            if not os.path.exists(path):
-                self._fill_file(path, name, batch_size, workers, asked)
-        if os.path.getsize(path) != self.bytes:
-            raise ValueError(f"{path}: not {self.bytes:,} bytes long; delete it, and it is made anew")
-        self.path = path
+                time.sleep(0.5)
+        self.kept = kept
 
-    def _fill_file(self, path, name, batch_size, workers, asked):
-        partial, count, done = path + ".partial", path + ".done", 0
-        with contextlib.suppress(OSError, ValueError):
-            with open(count, encoding="ascii") as file:
-                done = int(file.read()) if os.path.getsize(partial) == self.bytes else 0
+    def _compute(self, utterances, batch_size, asked, silent):
+        """The states of some utterances, one after another, as they are kept."""
+        found, device = [], self.upstream.device
+        for i in range(0, len(utterances), batch_size):
+            processes.heed(asked)
+            mine = utterances[i : i + batch_size]
+            item = read_whole(self.corpus, mine, silent)
+            if "unreadable" in item:
+                processes.stop(item["unreadable"])
+            states = self.upstream(item["waveforms"].to(device), item["lengths"].to(device)).to("cpu", self.dtype)
+            found += [states[:, place, : self.frames[one]].flatten() for place, one in enumerate(mine)]
+        return torch.cat(found)
 
-        with open(partial, "r+b" if done else "wb") as file:
-            try:  # all of it now: a disk that turns out full under mapped memory kills the process
-                if hasattr(os, "posix_fallocate"):  # not on macOS
-                    os.posix_fallocate(file.fileno(), 0, self.bytes)
-                else:
-                    file.truncate(self.bytes)
-            except OSError as error:
-                os.remove(partial)
-                room = f"no room for {self.bytes / 1e9:.3g} GB ({error})"
-                raise OSError(f"{path}: {room}; give --cache another folder") from None
 
-            def save():
-                os.fsync(file.fileno())
-                write_text(count, str(done))
+class Kept:
+    """Where States are kept: blocks of utterances, each a file or a tensor, every utterance's (states, frames, dim) in turn.
 
-            saved = time.monotonic()
-            row = torch.from_file(partial, shared=True, size=self.bytes // 2, dtype=torch.bfloat16)
-            try:
-                for count_now in self._fill(row, done, name, batch_size, workers):
-                    done = count_now
-                    if time.monotonic() - saved > 30:
-                        save()
-                        saved = time.monotonic()
-                    processes.heed(asked)
-            finally:
-                save()
-        os.replace(partial, path)
-        os.remove(count)
+    Goes to the loader's processes, so it holds no network.
+    """
 
-    def _fill(self, row, done, name, batch_size, workers):
-        """Writes the states of all utterances but the first `done`, the longest first; yields how many are done."""
-        order, blocks = by_length(self.corpus.samples), row.split(self.sizes.tolist())
-        plan = [order[i : i + batch_size] for i in range(done, len(order), batch_size)]
-        left, spoken, started = int(self.frames[order[done:]].sum()), 0, time.monotonic()
-        shown = started
-        for utterances, states, frames in self.batches(plan, workers=workers):
-            for place, (utterance, length) in enumerate(zip(utterances, frames.tolist())):
-                blocks[utterance].view(len(states), length, -1).copy_(states[:, place, :length])
-            done, spoken = done + len(utterances), spoken + int(frames.sum())
-            now = time.monotonic()
-            if done == len(order) or now - shown > 20:
-                shown, time_left = now, clock((now - started) / spoken * (left - spoken))
-                print(f"states of {name}: {done:,} of {len(order):,} utterances  {time_left} left", flush=True)
-            yield done
+    def __init__(self, states, folder):
+        self.folder, self.dtype, self.memory = folder, states.dtype, {}
+        self.count, self.dim = states.upstream.states, states.upstream.dim
+        self.sizes = [states.sizes[block].tolist() for block in states.blocks]
+        self.bytes = [self.dtype.itemsize * sum(sizes) for sizes in self.sizes]
+        self.place = {int(one): (n, i) for n, block in enumerate(states.blocks) for i, one in enumerate(block)}
+        self.split = {}  # number of a block: a tensor for each of its utterances
+
+    def path(self, number):
+        return os.path.join(self.folder, f"{number:05d}")
+
+    def missing(self, numbers=None):
+        """The blocks that are not there; a file that is not as long as it should be is not."""
+        numbers = range(len(self.bytes)) if numbers is None else numbers
+        if self.folder is None:
+            return [number for number in numbers if number not in self.memory]
+        sizes = {}
+        with contextlib.suppress(FileNotFoundError):
+            if len(numbers) > 1:
+                sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
+            else:
+                sizes = {f"{number:05d}": os.path.getsize(self.path(number)) for number in numbers}
+        return [number for number in numbers if sizes.get(f"{number:05d}") != self.bytes[number]]
+
+    def alone(self, number):
+        """Within it no other process computes the block; gives whether that is so."""
+        return contextlib.nullcontext(True) if self.folder is None else locked_now(self.path(number) + ".lock")
+
+    def write(self, number, states):
+        if self.folder is None:
+            self.memory[number] = states
+        else:
+            write_whole(self.path(number), lambda file: file.write(states.view(torch.uint8).numpy()))
+
+    def of(self, utterance):
+        """An utterance's states, (states, frames, dim)."""
+        number, i = self.place[int(utterance)]
+        if number not in self.split:
+            block = self.memory.get(number)
+            if block is None:  # every process maps the file for itself
+                block = torch.from_file(self.path(number), shared=False, size=sum(self.sizes[number]), dtype=self.dtype)
+            self.split[number] = block.split(self.sizes[number])
+        return self.split[number][i].view(self.count, -1, self.dim)
+
+
+def read_whole(corpus, utterances, silent=False):
+    """Whole waveforms, {"waveforms": (batch, samples), "lengths": (batch,)}, or {"unreadable": a line that says which}."""
+    lengths = torch.from_numpy(corpus.samples[utterances])
+    waveforms = torch.zeros(len(utterances), int(lengths.max()))
+
+    def read(place):
+        path = os.path.join(corpus.root, corpus.paths[utterances[place]])
+        try:
+            waveforms[place, : lengths[place]] = data.read_audio(path, 0, int(lengths[place]))
+        except (soundfile.SoundFileError, OSError, ValueError) as error:
+            return None if silent else f"{path}: {error}; restore it, or take it and its transcript out"
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        problem = next((problem for problem in pool.map(read, range(len(utterances))) if problem), None)
+    return {"unreadable": problem} if problem else {"waveforms": waveforms, "lengths": lengths}
 
 
 class _Items(torch.utils.data.Dataset):
     """What the loader's processes bring for a step: the states where they are kept, else the audio."""
 
-    def __init__(self, states, plan):
-        # Not the upstream: this goes to other processes.
-        self.plan, self.corpus, self.path, self.sizes = plan, states.corpus, states.path, states.sizes.tolist()
-        self.count, self.dim = states.upstream.states, states.upstream.dim
-        self.blocks = states.row.split(self.sizes) if states.row is not None else None
+    def __init__(self, corpus, plan, kept):
+        self.corpus, self.plan, self.kept = corpus, plan, kept
 
     def __getitem__(self, step):
-        if self.path and self.blocks is None:  # every process maps the file for itself
-            row = torch.from_file(self.path, shared=False, size=sum(self.sizes), dtype=torch.bfloat16)
-            self.blocks = row.split(self.sizes)
-        utterances = [int(utterance) for utterance in self.plan[step]]
-        item = self.states(utterances) if self.blocks is not None else self.audio(utterances)
-        return item | {"utterances": torch.tensor(utterances)}
-
-    def states(self, utterances):
-        """Kept states, (states, batch, frames, dim) in bfloat16."""
-        blocks = [self.blocks[utterance].view(self.count, -1, self.dim) for utterance in utterances]
-        longest = max(block.shape[1] for block in blocks)
-        states = torch.zeros(self.count, len(blocks), longest, self.dim, dtype=torch.bfloat16)
-        for place, block in enumerate(blocks):
-            states[:, place, : block.shape[1]] = block
-        return {"states": states}
-
-    def audio(self, utterances):
-        """Whole waveforms, (batch, samples), and their lengths."""
-        lengths = torch.from_numpy(self.corpus.samples)[utterances]
-        waveforms = torch.zeros(len(utterances), int(lengths.max()))
-        for waveform, length, utterance in zip(waveforms, lengths.tolist(), utterances):
-            path = os.path.join(self.corpus.root, self.corpus.paths[utterance])
-            try:
-                waveform[:length] = data.read_audio(path, 0, length)
-            except (soundfile.SoundFileError, OSError, ValueError) as error:
-                return {"unreadable": f"{path}: {error}; restore it, or take it and its transcript out"}
-        return {"waveforms": waveforms, "lengths": lengths}
+        utterances = np.asarray(self.plan[step])
+        if self.kept is None:
+            item = read_whole(self.corpus, utterances)
+        else:  # (states, batch, frames, dim)
+            found = [self.kept.of(utterance) for utterance in utterances]
+            longest = max(states.shape[1] for states in found)
+            item = {"states": torch.zeros(self.kept.count, len(found), longest, self.kept.dim, dtype=self.kept.dtype)}
+            for place, states in enumerate(found):
+                item["states"][:, place, : states.shape[1]] = states
+        return item | {"utterances": torch.from_numpy(utterances)}
 
 
 def by_length(samples):
     """Indices of the utterances, the longest first."""
     return np.argsort(-samples, kind="stable")
+
+
+# ---------------------------------------------------------------- targets of a distillation
+
+
+class Ensemble:
+    """Teachers and their aggregation as States takes an upstream: one state, all heads' targets side by side.
+
+    teachers: SpeechEncoders; layers: those of each; targets_of: a function of aggregate.py; dims: of each head's target;
+    autocast: a context for the teachers.
+    """
+
+    def __init__(self, teachers, layers, targets_of, dims, autocast, device):
+        self.teachers, self.layers, self.targets_of, self.autocast = teachers, layers, targets_of, autocast
+        self.states, self.dim, self.device, self.frames = 1, sum(dims), device, teachers[0].frames
+        self.field, self.hop = 1, 1  # samples that a frame sees, and from one to the next
+        for _, kernel, stride in reversed(teachers[0].config.conv_layers):
+            self.field, self.hop = (self.field - 1) * stride + kernel, self.hop * stride
+
+    @torch.no_grad()
+    def __call__(self, waveforms, lengths):
+        with self.autocast():
+            states = [teacher(waveforms, lengths, mine) for teacher, mine in zip(self.teachers, self.layers)]
+            return torch.cat([target.float() for target in self.targets_of(states)], dim=-1)[None]
+
+
+class WithTargets(torch.utils.data.Dataset):
+    """data.Batches whose items hold "targets" too, (share, frames, dim of all heads): kept, and cut where the audio is.
+
+    Convolutions without padding make frames and samples line up: a crop that begins at a multiple of their stride has the
+    frames of that place. Its targets have seen the whole utterance, where they would have seen the crop alone.
+    """
+
+    def __init__(self, batches, kept, field):
+        self.batches, self.kept, self.field = batches, kept, field
+
+    def __getitem__(self, step):
+        utterances, starts, cut = self.batches.crops(step)
+        frames, targets = (cut - self.field) // self.batches.grid + 1, []
+        for utterance, start in zip(utterances, starts):
+            first = start // self.batches.grid
+            targets.append(self.kept.of(utterance)[0, first : first + frames])
+        return self.batches[step] | {"targets": torch.stack(targets)}
+
+
+def keep_targets(args, batches, ensemble, made_of, asked):
+    """data.Batches with the ensemble's targets, kept in --cache or in memory; their size is said before any is computed.
+
+    made_of: what the targets depend on beside the audio. Ends the program where there is no room, or on a signal.
+    """
+    states, where, folder = States(ensemble, batches.corpus), "in memory", None
+    with processes.together("--cache"):
+        if args.cache != "memory":
+            name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
+            where = folder = os.path.join(args.cache, f"targets-{args.agg}-{name}-{_fingerprint(batches.corpus)}")
+        elif WORLD_SIZE > 1:
+            raise ValueError("memory is for one process; give a folder that all processes see")
+        elif states.bytes > 0.8 * free_memory():
+            raise ValueError(f"{states.bytes / 1e9:.3g} GB do not fit into the memory that is free; give a folder")
+    if RANK == 0:
+        print(f"targets: {states.bytes / 1e9:.3g} GB, {ensemble.dim} numbers a frame, kept {where}", flush=True)
+    batches.grid = ensemble.hop
+    try:
+        with processes.together("--cache"):
+            states.keep(
+                folder, "the teachers", max(1, AT_ONCE // int(batches.corpus.samples.max())), asked, silent=True
+            )
+    except processes.Interrupted as interrupted:
+        what = "interrupted while targets are computed; those that are kept stay, the same command resumes"
+        processes.stop(what, 128 + interrupted.args[0])
+    return WithTargets(batches, states.kept, ensemble.field)
 
 
 # ---------------------------------------------------------------- whether and where
@@ -178,7 +289,7 @@ def keep_states(args, upstream, states, splits, training, asked):
     """
     needed = {}
     for split in splits[0 if training else 2 : 3 if args.cache else 2]:
-        if states[split.corpus].row is None and states[split.corpus].path is None:
+        if states[split.corpus].kept is None:
             needed.setdefault(split.corpus, split.name)
     if not needed:
         return
@@ -198,7 +309,7 @@ def keep_states(args, upstream, states, splits, training, asked):
         path = None
         if args.cache:
             path = os.path.join(args.cache, upstream.name, f"{os.path.basename(name)}-{_fingerprint(corpus)}.states")
-        states[corpus].keep(path, name, args.batch_size, args.workers, asked)
+        states[corpus].keep(path, name, args.batch_size, asked)
 
 
 def _fingerprint(corpus):

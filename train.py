@@ -26,6 +26,7 @@ import demo
 from losses import distillation_loss
 from report import Metrics, find_tensorboard, stop_not_finite, warn_left_out
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
+from states import Ensemble, keep_targets
 from student import Student, initialise, save_student, student_config
 from teachers import check_frames, digest, layers_of, load_teacher, short_names
 
@@ -61,6 +62,7 @@ def parse(arguments=None):
     add("--clip", type=processes.positive, default=5.0, help="norm that gradients are clipped to")
     add("--cosine-weight", type=processes.not_negative, default=1.0, help="weight of the cosine loss beside L1")
     add("--max-seconds", type=processes.positive, default=15.625, help="longest crop of an utterance, in seconds (250,000 samples)")
+    add("--cache", metavar="DIR", help="keep the teachers' targets in files there, or in `memory`, and run the teachers once; crops then begin at multiples of 320 samples")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
     add("--workers", type=processes.whole, default=argparse.SUPPRESS, help="processes that read audio, for each training process (default: up to 4)")
@@ -166,18 +168,27 @@ def main(arguments=None):
         asked = until_the_end.enter_context(processes.signals())
         introduce(args, corpus, batches, names, student, f"{args.precision} on {WORLD_SIZE} x {device.type}", done)
 
+        if args.cache and done < args.steps:
+            ensemble = Ensemble(teachers, layers, targets_of, [dim for _, dim in heads], autocast, device)
+            made_of = [list(digests.values()), layers, args.agg, args.precision]
+            batches = keep_targets(args, batches, ensemble, made_of, asked)
+            teachers, ensemble = [], None  # their memory is given back
+
         saved = done
         loader = data.load_batches(batches, done, args.steps, args.workers, pin_memory=device.type == "cuda")
         for step, batch in enumerate(loader, start=done + 1):
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             processes.reseed(args.seed, step, RANK)  # dropout by these alone: a resume needs no generator's state
-            waveforms = batch["waveforms"].to(device, non_blocking=True)
             step_loss = torch.zeros((), device=device)
 
-            parts = zip(waveforms.chunk(args.accumulate), batch["readable"].chunk(args.accumulate))
-            for part, (waves, readable) in enumerate(parts, start=1):
-                with torch.no_grad(), autocast():
-                    targets = targets_of([teacher(waves, layers=mine) for teacher, mine in zip(teachers, layers)])
+            names_of_parts = [name for name in ("waveforms", "readable", "targets") if name in batch]
+            parts = zip(*(batch[name].to(device, non_blocking=True).chunk(args.accumulate) for name in names_of_parts))
+            for part, (waves, readable, *kept) in enumerate(parts, start=1):
+                if kept:  # with --cache the teachers ran before
+                    targets = kept[0].float().split([dim for _, dim in heads], dim=-1)
+                else:
+                    with torch.no_grad(), autocast():
+                        targets = targets_of([teacher(waves, layers=mine) for teacher, mine in zip(teachers, layers)])
                 model.require_backward_grad_sync = part == args.accumulate  # DDP adds up gradients once a step
                 with autocast():
                     predictions = model(waves)

@@ -81,7 +81,20 @@ def test_the_table_and_the_json_say_the_same_and_the_flops_are_those_by_hand(tmp
     monkeypatch.setattr(bench, "EncoderConfig", lambda **more: dataclasses.replace(SMALL, **more))
     trace = str(tmp_path / "trace.json")
     bench.main(
-        ["--seconds", "0.9,0.8", "--heads", "2,4", "--steps", "2", "--json", "--profile", trace, "--workers", "0"]
+        [
+            "--seconds",
+            "0.9,0.8",
+            "--heads",
+            "2,4",
+            "--steps",
+            "2",
+            "--json",
+            "--profile",
+            trace,
+            "--workers",
+            "0",
+            "--cache",
+        ]
     )
     printed = capsys.readouterr().out
     found = json.loads(printed.splitlines()[-1])
@@ -91,6 +104,8 @@ def test_the_table_and_the_json_say_the_same_and_the_flops_are_those_by_hand(tmp
     share = found["flops_per_second"] / found["limit_flops_per_second"]
     assert found["share_of_limit"] == pytest.approx(share) and 0 < share < 1.2
     assert f"{share:.1%}" in printed and f"{found['shares']['teachers']:.1%}" in printed
+    assert found["kept_ratio"] == pytest.approx(found["seconds_per_step"] / found["kept_seconds_per_step"])
+    assert f"{found['kept_ratio']:.2f} times as fast" in printed
     assert {"aten::addmm"} <= {event.get("name") for event in json.load(open(trace))["traceEvents"]}
 
     assert found["flops_per_step"] == 2 * flops_by_hand(SMALL, 4, 2, 0.8)

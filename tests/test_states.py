@@ -2,13 +2,18 @@
 
 import processes
 
+import contextlib
 import os
+import subprocess
+import sys
 import types
 
 import pytest
 import torch
-from conftest import write_audio
+from conftest import ROOT, environment, random_encoder, write_audio
 
+import aggregate
+import data
 import probe
 import states as states_file
 
@@ -42,17 +47,19 @@ def all_states(states, plan):
 def test_kept_states_are_those_computed_and_the_upstream_runs_no_more(
     upstreams, few, tmp_path, where, name, monkeypatch
 ):
+    monkeypatch.setattr(states_file, "BLOCK", 4)
     upstream = probe.Upstream(name if name == "fbank" else str(upstreams / name), precision="fp32")
     states, plan = states_file.States(upstream, few), [[3, 0, 8], [1, 2], [4, 5, 6, 7]]
     computed = all_states(states, plan)
     path = None if where == "memory" else str(tmp_path / "cache" / "few.states")
-    states.keep(path, "few", 4, 0, [])
+    states.keep(path, "few", 4)
     monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("the upstream ran"))
     kept = all_states(states, plan)
     if path:
-        assert os.path.getsize(path) == states.bytes and not os.path.exists(path + ".done")
+        sizes = [os.path.getsize(os.path.join(path, name)) for name in sorted(os.listdir(path)) if name.isdigit()]
+        assert sum(sizes) == states.bytes and len(sizes) == 3
         again = states_file.States(upstream, few)
-        again.keep(path, "few", 4, 0, [])  # another run finds the file
+        again.keep(path, "few", 4)  # another run finds the file
         assert all(torch.equal(one, kept[number]) for number, one in all_states(again, plan).items())
     assert kept.keys() == computed.keys() == set(range(9))
     for number, one in computed.items():  # as bf16 has them, batches of other sizes round a little otherwise
@@ -67,32 +74,76 @@ def test_kept_states_are_those_computed_and_the_upstream_runs_no_more(
 
 def test_states_reach_the_run_through_the_loaders_processes_too(upstreams, few, tmp_path):
     states = states_file.States(probe.Upstream(str(upstreams / "student.pt")), few)
-    states.keep(str(tmp_path / "few.states"), "few", 4, 0, [])
+    states.keep(str(tmp_path / "few.states"), "few", 4)
     plan = [[3, 0, 8], [1, 2], [4, 5, 6, 7]]
     for one, other in zip(states.batches(plan, workers=2), states.batches(plan), strict=True):
         assert one[0] == other[0] and torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
 def test_a_cache_that_was_interrupted_is_carried_on_and_not_begun_anew(upstreams, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(states_file, "BLOCK", 2)
     upstream, path = probe.Upstream(str(upstreams / "student.pt")), str(tmp_path / "few.states")
     with pytest.raises(processes.Interrupted):
-        states_file.States(upstream, few).keep(path, "few", 2, 0, After(1))
-    assert not os.path.exists(path)
+        states_file.States(upstream, few).keep(path, "few", 2, After(2))
+    assert [name for name in sorted(os.listdir(path)) if name.isdigit()] == ["00000", "00001"]
     seen, call = [], probe.Upstream.__call__
     monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: seen.append(len(a[1])) or call(*a))
     states = states_file.States(upstream, few)
-    states.keep(path, "few", 2, 0, [])
+    states.keep(path, "few", 2)
     assert sum(seen) == 9 - 4
     computed = all_states(states_file.States(upstream, few), [[i] for i in range(9)])
     for number, one in all_states(states, [[i] for i in range(9)]).items():
         torch.testing.assert_close(one, computed[number], rtol=0.01, atol=1e-3)
 
 
-def test_a_cache_of_the_wrong_length_is_refused_by_name(upstreams, few, tmp_path):
-    (tmp_path / "few.states").write_bytes(b"short")
-    with pytest.raises(ValueError, match=r"few\.states.*delete it"):
-        upstream = probe.Upstream(str(upstreams / "student.pt"))
-        states_file.States(upstream, few).keep(str(tmp_path / "few.states"), "few", 2, 0, [])
+def test_a_file_of_the_wrong_length_is_made_anew_and_the_others_are_kept(upstreams, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(states_file, "BLOCK", 3)
+    upstream, folder = probe.Upstream(str(upstreams / "student.pt")), tmp_path / "few.states"
+    whole = states_file.States(upstream, few)
+    whole.keep(str(folder), "few", 3)
+    content = {name: (folder / name).read_bytes() for name in ("00000", "00001", "00002")}
+    (folder / "00001").write_bytes(content["00001"][:-7])
+    seen, call = [], probe.Upstream.__call__
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: seen.append(len(a[1])) or call(*a))
+    states_file.States(upstream, few).keep(str(folder), "few", 3)
+    assert sum(seen) == 3 and {name: (folder / name).read_bytes() for name in content} == content
+
+
+def test_a_folder_that_is_whole_need_not_be_writable_and_holds_no_lock(upstreams, few, tmp_path, monkeypatch):
+    upstream, folder = probe.Upstream(str(upstreams / "student.pt")), tmp_path / "few.states"
+    states_file.States(upstream, few).keep(str(folder), "few", 3)
+    for name in ("write_whole", "locked_now"):
+        monkeypatch.setattr(states_file, name, lambda *_: pytest.fail("something was written"))
+    states_file.States(upstream, few).keep(str(folder), "few", 3)
+
+
+def test_processes_share_the_work_and_each_waits_for_what_another_has_begun(upstreams, tmp_path):
+    write_audio(tmp_path / "audio", [4000 + 1357 * i for i in range(12)])
+    code = (
+        "import probe, states, sys, data\n"
+        "states.BLOCK, states.RANK, states.WORLD_SIZE = 2, int(sys.argv[1]), 2\n"
+        "upstream = probe.Upstream(sys.argv[2], precision='fp32')\n"
+        "count, call = [], probe.Upstream.__call__\n"
+        "probe.Upstream.__call__ = lambda *a: count.append(len(a[1])) or call(*a)\n"
+        "corpus = data.find_corpus(sys.argv[3], ['.'])\n"
+        "input()\n"
+        "states.States(upstream, corpus).keep(sys.argv[4], 'few', 2)\n"
+        "print(sum(count))\n"
+    )
+    places = [str(upstreams / "student.pt"), str(tmp_path / "audio"), str(tmp_path / "kept")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, str(rank), *places], cwd=ROOT, env=environment(), **pipes)
+        for rank in range(2)
+    ]
+    counts = [process.communicate("\n", timeout=120)[0].split()[-1] for process in started]
+    assert sum(map(int, counts)) == 12  # nothing twice
+    upstream = probe.Upstream(places[0], precision="fp32")
+    kept = states_file.States(upstream, data.find_corpus(places[1], ["."]))
+    kept.keep(places[2], "few", 2)
+    computed = all_states(states_file.States(upstream, kept.corpus), [[i] for i in range(12)])
+    for number, one in all_states(kept, [[i] for i in range(12)]).items():
+        torch.testing.assert_close(one, computed[number], rtol=0.01, atol=1e-3)
 
 
 def keeping(upstream, corpus, capsys, **settings):
@@ -109,32 +160,61 @@ def keeping(upstream, corpus, capsys, **settings):
 def test_states_are_kept_in_memory_where_they_fit_and_a_line_says_which(upstreams, few, tmp_path, capsys, monkeypatch):
     upstream = probe.Upstream(str(upstreams / "student.pt"))
     states, line = keeping(upstream, few, capsys)
-    assert [one.row is not None for one in states] == [True, True, False] and "kept in memory" in line
+    assert [one.kept is not None for one in states] == [True, True, False] and "kept in memory" in line
     assert "50% of the free memory" in line
     states, line = keeping(upstream, few, capsys, cache_memory=0)
-    assert all(one.row is None for one in states) and "for every batch again" in line and "--cache" in line
+    assert all(one.kept is None for one in states) and "for every batch again" in line and "--cache" in line
     monkeypatch.setattr(states_file, "free_memory", lambda: 4 * states[0].bytes - 1)  # two of them in half of it
     assert "over 50%" in keeping(upstream, few, capsys)[1]
     states, line = keeping(upstream, few, capsys, steps=2)
-    assert all(one.row is None for one in states) and "no utterance is trained on twice" in line
+    assert all(one.kept is None for one in states) and "no utterance is trained on twice" in line
     states, line = keeping(upstream, few, capsys, cache=str(tmp_path / "cache"))
-    assert all(one.path for one in states) and len({one.path for one in states}) == 3
+    assert len({one.kept.folder for one in states}) == 3
 
 
 def test_a_cache_is_not_used_for_audio_that_has_changed(upstreams, few, tmp_path, capsys):
     upstream, cache = probe.Upstream(str(upstreams / "student.pt")), str(tmp_path / "cache")
-    before = keeping(upstream, few, capsys, cache=cache)[0][0].path
-    assert keeping(upstream, few, capsys, cache=cache)[0][0].path == before
+    before = keeping(upstream, few, capsys, cache=cache)[0][0].kept.folder
+    assert keeping(upstream, few, capsys, cache=cache)[0][0].kept.folder == before
     write_audio(tmp_path / "audio", [4000 + 1357 * i for i in range(9)], seed=1)  # other sound of the same lengths
-    assert keeping(upstream, few, capsys, cache=cache)[0][0].path != before
+    assert keeping(upstream, few, capsys, cache=cache)[0][0].kept.folder != before
 
 
 def test_a_full_disk_is_said_before_anything_is_computed(upstreams, few, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    with pytest.raises(OSError, match=r"no room for .* GB .*--cache"):
+    monkeypatch.setattr(states_file.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("the upstream ran"))
+    with pytest.raises(OSError, match=r"no room for .* GB; give --cache"):
         upstream = probe.Upstream(str(upstreams / "student.pt"))
-        states_file.States(upstream, few).keep(str(tmp_path / "few.states"), "few", 2, 0, [])
-    assert not list(tmp_path.glob("few.states.partial"))
+        states_file.States(upstream, few).keep(str(tmp_path / "few.states"), "few", 2)
+    assert not os.listdir(tmp_path / "few.states")
+
+
+# ---------------------------------------------------------------- targets of a distillation
+
+
+class Convolutions:
+    """A teacher whose receptive field is its convolutions alone."""
+
+    def __init__(self, encoder):
+        self.encoder, self.config, self.frames = encoder, encoder.config, encoder.frames
+
+    def __call__(self, waveforms, lengths=None, layers=None):
+        return [self.encoder.feature_projection(self.encoder.feature_extractor(waveforms, lengths))]
+
+
+def test_kept_targets_of_a_crop_are_those_of_its_place_exactly(few):
+    teacher = Convolutions(random_encoder(conv_norm="layer"))
+    cpu = torch.device("cpu")
+    ensemble = states_file.Ensemble([teacher], [[1]], aggregate.average, [48], contextlib.nullcontext, cpu)
+    assert (ensemble.field, ensemble.hop) == (400, 320)
+    kept = states_file.States(ensemble, few, torch.float32)
+    kept.keep(None, "few", 1)
+    batches = data.Batches(few, 3, 6400, seed=1, grid=ensemble.hop)
+    begins = set()
+    for step in range(6):
+        item = states_file.WithTargets(batches, kept.kept, ensemble.field)[step]
+        with torch.no_grad():
+            (computed,) = teacher(item["waveforms"])
+        torch.testing.assert_close(item["targets"], computed, rtol=1e-4, atol=1e-5)
+        begins |= set(batches.crops(step)[1])
+    assert all(begin % 320 == 0 for begin in begins) and max(begins) > 0
