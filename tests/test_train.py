@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from conftest import (
 )
 
 import data
+import states
 import train
+from encoder import SpeechEncoder
 from export import official_state_dict, save_official
 from student import Student, load_student, save_student, student_config
 
@@ -157,6 +160,87 @@ def test_a_finished_run_is_left_as_it_is(job, reference):
     done = run("train.py", *flags(job, job / "one"), cwd=job)
     assert done.returncode == 0 and "finished" in done.stdout
     assert (job / "one" / "last.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------- targets that are kept
+
+
+@pytest.fixture(scope="module")
+def whole_utterances(job):
+    """Audio of which every crop is a whole utterance, and a run on it without kept targets."""
+    write_audio(job / "whole audio", [6400] * 24, seed=3)
+    return distil(job, "uncached", data=job / "whole audio", max_seconds=1)
+
+
+@pytest.mark.parametrize("processes, where", [(None, "folder"), (None, "memory"), (2, "folder")])
+def test_kept_targets_give_the_student_of_teachers_that_run_at_every_step(
+    job, whole_utterances, tmp_path, monkeypatch, processes, where
+):
+    if processes is None:  # exactly as the teachers give them: bf16 is for room
+        monkeypatch.setattr(states.States.__init__, "__defaults__", (torch.float32,))
+    cache, out = "memory" if where == "memory" else tmp_path / "cache", f"cached{processes}{where}"
+    found = distil(job, out, processes, data=job / "whole audio", max_seconds=1, cache=cache)
+    assert_same_student(found, whole_utterances, 1e-4 if processes is None else 5e-2)
+    for a, b in zip(metrics(job / out), metrics(job / "uncached"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4 if processes is None else 1e-2)
+
+
+def test_a_later_run_finds_the_targets_and_another_ensembles_are_never_used(job, tmp_path, monkeypatch, capsys):
+    cache, calls, forward = tmp_path / "cache", [], SpeechEncoder.forward
+    monkeypatch.setattr(
+        SpeechEncoder, "forward", lambda self, *a, **k: calls.append(self.training) or forward(self, *a, **k)
+    )
+    distil(job, tmp_path / "first", cache=cache, steps=2)
+    assert f"kept {cache}" in capsys.readouterr().out.replace("kept in", "kept") and calls.count(False) > 0  # teachers
+    calls.clear()
+    distil(job, tmp_path / "second", cache=cache, steps=3, student_layers=1, seed=5)
+    assert calls == [True] * 3
+    for number, more in enumerate([dict(heads="1,4"), dict(agg="concat"), dict(teachers=job / "hubert.pt")], start=2):
+        distil(job, tmp_path / f"other{number}", cache=cache, steps=1, **more)
+        assert len(list(cache.iterdir())) == number
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_with_kept_targets_that_is_killed_is_carried_on_bit_for_bit(job, tmp_path, kills):
+    settings = dict(steps=10 * kills, dropout=0.1, workers=1, log_every=1, save_every=4, agg="none")
+    assert run("train.py", *flags(job, tmp_path / "whole", cache=tmp_path / "a", **settings), cwd=job).returncode == 0
+    for number in range(kills):  # at a start, while targets are computed, among steps and saves
+        after = ("audio: ", "targets: ", f"step {10 * number - 3:>{len(str(10 * kills))}}/")[number % 3]
+        code, errors = interrupt(job, tmp_path / "killed", signal.SIGKILL, after, cache=tmp_path / "b", **settings)
+        assert code == -signal.SIGKILL, errors
+    done = run("train.py", *flags(job, tmp_path / "killed", cache=tmp_path / "b", **settings), cwd=job)
+    assert done.returncode == 0, done.stderr
+    expected, found = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "killed"))
+    assert found["step"] == 10 * kills
+    assert all(torch.equal(tensor, found["student"][name]) for name, tensor in expected["student"].items())
+
+
+def test_a_disk_that_fills_up_while_targets_are_computed_costs_none_that_are_kept(job, tmp_path, capsys, monkeypatch):
+    write, written = states.write_whole, []
+
+    def full(path, content):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(states, "BLOCK", 8)
+    monkeypatch.setattr(states, "write_whole", full)
+    assert "No space left" in refusal(capsys, flags(job, tmp_path / "out", cache=tmp_path / "cache", steps=2))
+    monkeypatch.setattr(states, "write_whole", lambda *a: written.append(a[0]) or write(*a))
+    distil(job, tmp_path / "out", cache=tmp_path / "cache", steps=2)
+    assert len(written) == len(set(written)) == 4  # 30 utterances; the first two blocks were not made again
+
+
+def test_targets_without_room_are_refused_before_the_teachers_run(job, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(states.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(SpeechEncoder, "forward", lambda *_: pytest.fail("a network ran"))
+    assert "no room for" in refusal(capsys, flags(job, tmp_path / "out", cache=tmp_path / "cache"))
+    monkeypatch.setattr(states, "free_memory", lambda: 1000)
+    assert "--cache: " in refusal(capsys, flags(job, tmp_path / "out2", cache="memory"))
+
+
+# ---------------------------------------------------------------- what a run writes
 
 
 def test_metrics_hold_every_heads_terms_and_add_up(job, reference):
