@@ -23,6 +23,23 @@ from safe_files import write_text
 # ---------------------------------------------------------------- while a run goes on
 
 
+def introduce(args, corpus, batches, teachers, student, where, done):
+    """What the run is, from rank 0."""
+    warn_left_out(corpus.left_out)
+    if RANK > 0:
+        return
+    weights = sum(parameter.numel() for parameter in student.parameters()) / 1e6
+    print(f"audio: {len(corpus):,} utterances, {corpus.hours():.2f} hours, {batches.steps_an_epoch:,} steps an epoch")
+    print(f"teachers: {', '.join(teachers)}; heads: {', '.join(student.head_names)}")
+    print(f"student: {args.student_layers} layers, {weights:.2f} million weights with its heads; {where}")
+    if args.demo:
+        print("demo: synthetic speech, and tiny teachers that were trained on it")
+    if done == args.steps:
+        print(f"{args.out}: finished, {done} of {args.steps} steps; give --out another folder for another run")
+    else:
+        print(f"{args.out}: {f'resuming after step {done}' if done else f'{args.steps:,} steps to go'}", flush=True)
+
+
 class Metrics:
     """A training run's means over the steps since the line before: printed, in OUT/metrics.jsonl, and for TensorBoard.
 

@@ -24,7 +24,7 @@ import aggregate
 import data
 import demo
 from losses import distillation_loss
-from report import Metrics, find_tensorboard, stop_not_finite, warn_left_out
+from report import Metrics, find_tensorboard, introduce, stop_not_finite
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
 from states import Ensemble, keep_targets
 from student import Student, initialise, save_student, student_config
@@ -153,7 +153,7 @@ def main(arguments=None):
         devices = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=args.precision == "bf16")
-    targets_of = aggregate.AGGREGATIONS[args.agg]
+    targets_of, dims = aggregate.AGGREGATIONS[args.agg], [dim for _, dim in heads]
 
     with contextlib.ExitStack() as until_the_end:
         with processes.together():
@@ -169,7 +169,7 @@ def main(arguments=None):
         introduce(args, corpus, batches, names, student, f"{args.precision} on {WORLD_SIZE} x {device.type}", done)
 
         if args.cache and done < args.steps:
-            ensemble = Ensemble(teachers, layers, targets_of, [dim for _, dim in heads], autocast, device)
+            ensemble = Ensemble(teachers, layers, targets_of, dims, autocast, device)
             made_of = [list(digests.values()), layers, args.agg, args.precision]
             batches = keep_targets(args, batches, ensemble, made_of, asked)
             teachers, ensemble = [], None  # their memory is given back
@@ -179,17 +179,18 @@ def main(arguments=None):
         for step, batch in enumerate(loader, start=done + 1):
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
             processes.reseed(args.seed, step, RANK)  # dropout by these alone: a resume needs no generator's state
-            step_loss = torch.zeros((), device=device)
+            waveforms = batch["waveforms"].to(device, non_blocking=True)
+            step_loss, size = torch.zeros((), device=device), len(waveforms) // args.accumulate
 
-            names_of_parts = [name for name in ("waveforms", "readable", "targets") if name in batch]
-            parts = zip(*(batch[name].to(device, non_blocking=True).chunk(args.accumulate) for name in names_of_parts))
-            for part, (waves, readable, *kept) in enumerate(parts, start=1):
-                if kept:  # with --cache the teachers ran before
-                    targets = kept[0].float().split([dim for _, dim in heads], dim=-1)
+            for begin in range(0, len(waveforms), size):
+                part = slice(begin, begin + size)
+                waves, readable = waveforms[part], batch["readable"][part]
+                if args.cache:  # the teachers ran before
+                    targets = batch["targets"][part].to(device, non_blocking=True).float().split(dims, dim=-1)
                 else:
                     with torch.no_grad(), autocast():
                         targets = targets_of([teacher(waves, layers=mine) for teacher, mine in zip(teachers, layers)])
-                model.require_backward_grad_sync = part == args.accumulate  # DDP adds up gradients once a step
+                model.require_backward_grad_sync = begin + size == len(waveforms)  # DDP adds gradients up once a step
                 with autocast():
                     predictions = model(waves)
                 # An utterance that cannot be read weighs nothing, and the others what they weigh in a full batch.
@@ -228,7 +229,7 @@ def main(arguments=None):
     processes.end()
 
 
-# ---------------------------------------------------------------- the folder of the run, and what a person sees
+# ---------------------------------------------------------------- the folder of the run
 
 
 def load_run(args, corpus, student, digests):
@@ -278,23 +279,6 @@ def write_config(args, heads, done):
         versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
         config = {"settings": vars(args), "heads": [name for name, _ in heads], "processes": WORLD_SIZE}
         write_text(path, json.dumps(config | {"versions": versions}, indent=2))
-
-
-def introduce(args, corpus, batches, teachers, student, where, done):
-    """What the run is, from rank 0."""
-    warn_left_out(corpus.left_out)
-    if RANK > 0:
-        return
-    weights = sum(parameter.numel() for parameter in student.parameters()) / 1e6
-    print(f"audio: {len(corpus):,} utterances, {corpus.hours():.2f} hours, {batches.steps_an_epoch:,} steps an epoch")
-    print(f"teachers: {', '.join(teachers)}; heads: {', '.join(student.head_names)}")
-    print(f"student: {args.student_layers} layers, {weights:.2f} million weights with its heads; {where}")
-    if args.demo:
-        print("demo: synthetic speech, and tiny teachers that were trained on it")
-    if done == args.steps:
-        print(f"{args.out}: finished, {done} of {args.steps} steps; give --out another folder for another run")
-    else:
-        print(f"{args.out}: {f'resuming after step {done}' if done else f'{args.steps:,} steps to go'}", flush=True)
 
 
 if __name__ == "__main__":
