@@ -316,8 +316,9 @@ def _fingerprint(corpus):
     """Of the files themselves, their times and sizes too, so that states in a cache are never those of other audio."""
     digest = hashlib.sha256(corpus.fingerprint().encode())
     for path in corpus.paths:
-        about = os.stat(os.path.join(corpus.root, path))
-        digest.update(f"{about.st_size} {about.st_mtime_ns}\n".encode())
+        with contextlib.suppress(OSError):  # gone since the scan
+            about = os.stat(os.path.join(corpus.root, path))
+            digest.update(f"{path} {about.st_size} {about.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]
 
 
