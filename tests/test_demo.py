@@ -148,6 +148,18 @@ def test_the_demo_student_is_scored_in_two_minutes(demo, task):
     assert result["metric"] in done.stdout and "state  2" in done.stdout
 
 
+@pytest.mark.parametrize("how", ["missing", "damaged"])
+def test_a_teacher_of_the_demo_that_is_not_whole_is_said_to_be_made_again(tmp_path, monkeypatch, capsys, how):
+    monkeypatch.chdir(tmp_path)
+    paths = [*demo_file.teachers()[:2], str(tmp_path / "wavlm.pt")]
+    if how == "damaged":
+        with open(demo_file.teachers()[2], "rb") as file:
+            (tmp_path / "wavlm.pt").write_bytes(file.read()[:100_000])
+    monkeypatch.setattr(demo_file, "teachers", lambda: paths)
+    line = refused(capsys, train, ["--demo"])
+    assert "wavlm.pt" in line and "python demo.py --teachers" in line and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("missing", ["everything", "a file of speech"])
 def test_a_demo_folder_that_is_not_whole_is_said_to_be_deleted(tmp_path, monkeypatch, capsys, missing):
     monkeypatch.chdir(tmp_path)
