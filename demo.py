@@ -285,7 +285,7 @@ def record(audio, room, decibels, rng):
 # ---------------------------------------------------------------- the tiny teachers
 
 
-def train_teachers(folder, seed=0, steps=(1000, 300, 300), utterances=1200):
+def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
     """Trains the three teachers on the training speakers' voices and writes each in its official form, in half precision.
 
     HuBERT's way (arXiv:2106.07447): masked frames, and the cluster of each frame to predict. HuBERT's come from k-means,
