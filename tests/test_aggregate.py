@@ -31,3 +31,13 @@ def test_teachers_of_different_widths_cannot_be_averaged_but_stand_side_by_side(
         aggregate.heads("avg", [[4], [4]], teachers)
     assert aggregate.heads("concat", [[4, 8]] * 2, teachers) == [("layer4", 1792), ("layer8", 1792)]
     assert aggregate.heads("none", [[4], [4]], teachers) == [("hubert.layer4", 768), ("wavlm_large.layer4", 1024)]
+
+
+def test_teachers_layers_are_paired_in_order_and_named():
+    teachers, layers = [("hubert", 4), ("large", 4)], [[4, 8], [8, 16]]
+    assert aggregate.heads("avg", layers, teachers) == [("layer4-8", 4), ("layer8-16", 4)]
+    assert aggregate.heads("concat", layers, teachers) == [("layer4-8", 8), ("layer8-16", 8)]
+    names = [name for name, _ in aggregate.heads("none", layers, teachers)]
+    assert names == ["hubert.layer4", "hubert.layer8", "large.layer8", "large.layer16"]
+    same = [("layer4", 4), ("layer8", 4)]  # one list for all, or the same for each
+    assert aggregate.heads("avg", [4, 8], teachers) == aggregate.heads("avg", [[4, 8], [4, 8]], teachers) == same
