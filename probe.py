@@ -304,14 +304,13 @@ def evaluate(
                 keep_states(args, upstream, states, splits, progress["scored"] < args.steps, asked)
             for step in train(args, probes, optimizer, progress, states, splits[0], plan, loss, pool, asked):
                 save()
-                progress["scored"] = step
-                for rate, mine, probe, (_, part, total) in zip(
-                    rates, progress["rates"], probes, scores(splits[1], probes, asked)
-                ):
+                found = scores(splits[1], probes, asked)
+                for rate, mine, probe, (_, part, total) in zip(rates, progress["rates"], probes, found):
                     remark = note_score(mine, step, float(part.sum() / total.sum()), probe, higher_is_better)
                     at = f" at --lr {rate:g}" if len(rates) > 1 else ""
                     score = f"{metric} {mine['curve'][-1][1]:.2%} on {splits[1].name}"
                     print(f"step {step}: {score}{at}{remark}", flush=True)
+                progress["scored"] = step
                 save()
             best = (max if higher_is_better else min)(mine["best"]["score"] for mine in progress["rates"])
             chosen = next(place for place, mine in enumerate(progress["rates"]) if mine["best"]["score"] == best)

@@ -151,6 +151,8 @@ class Kept:
         return contextlib.nullcontext(True) if self.folder is None else locked_now(self.path(number) + ".lock")
 
     def write(self, number, states):
+        if states.nbytes != self.bytes[number]:  # it would be missing for ever
+            raise ValueError(f"block {number}: {states.nbytes:,} bytes of states, not {self.bytes[number]:,}")
         if self.folder is None:
             self.memory[number] = states
         else:

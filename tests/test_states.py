@@ -109,6 +109,15 @@ def test_a_file_of_the_wrong_length_is_made_anew_and_the_others_are_kept(upstrea
     assert sum(seen) == 3 and {name: (folder / name).read_bytes() for name in content} == content
 
 
+def test_states_of_the_wrong_size_are_an_error_and_not_computed_for_ever(upstreams, few, tmp_path, monkeypatch):
+    call = probe.Upstream.__call__
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: call(*a)[..., :-1])
+    with pytest.raises(ValueError, match="bytes of states, not"):
+        upstream = probe.Upstream(str(upstreams / "student.pt"))
+        states_file.States(upstream, few).keep(str(tmp_path / "few.states"), "few", 3)
+    assert not [name for name in os.listdir(tmp_path / "few.states") if name.isdigit()]
+
+
 def test_a_folder_that_is_whole_need_not_be_writable_and_holds_no_lock(upstreams, few, tmp_path, monkeypatch):
     upstream, folder = probe.Upstream(str(upstreams / "student.pt")), tmp_path / "few.states"
     states_file.States(upstream, few).keep(str(folder), "few", 3)
