@@ -167,6 +167,7 @@ def main(arguments=None):
         "interval": report.bootstrap(*scored),
         "deviation": float(np.std(list(accuracies.values()), ddof=1)),
         "folds": accuracies,
+        "held_out": {fold: splits[2].ids for fold, splits in folds.items()},
         "confusion": confusion,
         "layer_weights": np.mean([result["layer_weights"] for result in results.values()], axis=0).tolist(),
         "counts": {"test": {"utterances": len(references), "left_out": len(corpus.left_out)}},

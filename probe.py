@@ -74,8 +74,8 @@ class Upstream:
     path: a student.pt, a teacher's name or checkpoint in any form that load_teacher knows, or "fbank".
     which: the hidden states given, "all", "last" (DistilHuBERT's protocol), or a list of them.
     precision: "fp32", "bf16" for autocast, or "auto": bf16 where the device computes in it.
-    states, dim: how many hidden states it gives, and their width; layers: which those are. digest: changes with any
-    weight; name: of its kept states.
+    states, dim: how many hidden states it gives, and their width; layers: which those are. parameters: its weights.
+    digest: changes with any of them; name: of its kept states.
     Raises FileNotFoundError, OSError and ValueError with one line.
     """
 
@@ -84,6 +84,7 @@ class Upstream:
         self.precision = processes.precision(precision, self.device)
         self.encoder = _load_encoder(path, self.device)
         self.frames = self.encoder.frames
+        self.parameters = sum(weight.numel() for weight in self.encoder.parameters())
         if path == "fbank":
             last, self.dim, self.digest = 0, 240, hashlib.sha256(b"fbank").hexdigest()[:16]
         else:
@@ -338,6 +339,7 @@ def evaluate(
     result["upstream"] = {"path": args.upstream, "states": upstream.states, "dim": upstream.dim}
     result["upstream"] |= {
         "layers": upstream.layers,
+        "parameters": upstream.parameters,
         "digest": upstream.digest,
         "precision": upstream.precision,
         "device": upstream.device.type,

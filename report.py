@@ -86,7 +86,7 @@ class Metrics:
         l1, cosine = means.mean(dim=1).tolist()
         seconds, self.since = time.monotonic() - self.since, time.monotonic()
         line = {"step": step, "loss": l1 + self.args.cosine_weight * cosine, "l1": l1, "cosine": cosine, "lr": lr}
-        line |= {"audio_per_second": self.samples / data.SAMPLE_RATE / seconds}
+        line |= {"audio_per_second": self.samples / data.SAMPLE_RATE / seconds, "seconds": seconds}
         line |= {"gradient_norm": float(gradient_norm), "left_out": len(self.left_out)}
         for name, (head_l1, head_cosine) in zip(self.heads, means.t().tolist()):
             line |= {f"l1/{name}": head_l1, f"cosine/{name}": head_cosine}

@@ -1,0 +1,184 @@
+#!/usr/bin/env bash
+# The paper's comparison (arXiv:2302.12757), one command: students of each teacher alone, of pairs and of all, averaged,
+# concatenated and with heads of their own, with one head and with several, beside an untrained student, the teachers and
+# filter banks, on SUPERB's four tasks; then one table and one picture.
+#
+#     bash reproduce.sh                                     # the real run; says first what it takes
+#     SEEDS="0 1 2" CACHE=cache bash reproduce.sh           # any of the variables below
+#     bash reproduce.sh --demo                              # all of it on the demo's speech, in a quarter of an hour
+#
+# Started again it carries on. A part that failed is named, has its log in OUT/logs, and does not stop the others.
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+demo=()
+if [ "${1-}" = --demo ]; then
+    demo=(--demo)
+    : "${TEACHERS=$here/demo/hubert.pt,$here/demo/robust_hubert.pt,$here/demo/wavlm.pt}" "${HEADS=2,3,4}" "${STEPS=100}"
+    : "${OUT=runs/reproduce-demo}" "${AUDIO=data/demo}" "${RATES=1e-1,1e-2,1e-3}" "${TRAIN=--splits train-clean-100}"
+    : "${PR=--steps 100}" "${SID=--steps 100}" "${ER=--steps 60}" "${ASR=--steps 60}"
+elif [ $# -gt 0 ]; then
+    echo "$1: unknown; the settings are variables, see the head of reproduce.sh" >&2
+    exit 2
+fi
+
+DATA=${DATA-data/LibriSpeech}                        # LibriSpeech: PR and ASR train and test there
+AUDIO=${AUDIO-$DATA}                                 # what the students hear: a folder, or a manifest (.tsv)
+LEXICON=${LEXICON-data/librispeech-lexicon.txt}
+VOXCELEB=${VOXCELEB-data/VoxCeleb1}                  # the folder, or a .csv for evaluate_sid.py --manifest
+IEMOCAP=${IEMOCAP-data/IEMOCAP}                      # the folder, or a .csv for evaluate_er.py --manifest
+TEACHERS=${TEACHERS-hubert,robust_hubert,wavlm_plus}
+HEADS=${HEADS-4,8,12}                                # the row with one head has the last of them
+STEPS=${STEPS-200000}
+SEEDS=${SEEDS-0}
+TASKS=${TASKS-pr sid er asr}
+PAIRS=${PAIRS-yes}                                   # the rows of two teachers; empty: none
+RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}              # learning rates of each probe
+TRAIN=${TRAIN-} PR=${PR-} SID=${SID-} ER=${ER-} ASR=${ASR-}   # further flags of train.py and the evaluate_*.py
+CACHE=${CACHE-}                                      # folder for kept targets and states, of one row at a time
+OUT=${OUT-runs/reproduce}
+PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}   # of train.py
+
+
+# ---------------------------------------------------------------- the rows
+
+name() { name=$(basename "$1"); echo "${name%.*}"; }
+
+IFS=, read -ra teachers <<<"$TEACHERS"
+students=() of=() flags=()                           # each student's row, its teachers, its other settings
+student() { students+=("$1"); of+=("$2"); flags+=("$3"); }
+for one in "${teachers[@]}"; do student "$(name "$one")" "$one" "--agg avg"; done
+for ((i = 0; i < ${#teachers[@]}; i++)); do
+    for ((j = i + 1; j < ${#teachers[@]} && ${#teachers[@]} > 2; j++)); do
+        a=${teachers[i]} b=${teachers[j]}
+        [ -z "$PAIRS" ] || student "$(name "$a")+$(name "$b")" "$a,$b" "--agg avg"
+    done
+done
+for agg in avg concat none; do student $agg "$TEACHERS" "--agg $agg"; done
+student avg-one-head "$TEACHERS" "--agg avg --heads ${HEADS##*,}"
+student untrained "${teachers[0]}" "--agg avg --steps 1 --lr 1e-30"   # one step too small to change a weight
+
+# ---------------------------------------------------------------- how a part is run
+
+mkdir -p "$OUT/logs" || exit 2
+asked=$(printf '%s\n' "$DATA" "$AUDIO" "$LEXICON" "$VOXCELEB" "$IEMOCAP" "$TEACHERS" "$HEADS" "$STEPS" "$RATES" \
+    "TRAIN $TRAIN" "PR $PR" "SID $SID" "ER $ER" "ASR $ASR")
+if [ -e "$OUT/asked" ] && ! difference=$(diff "$OUT/asked" - <<<"$asked"); then
+    echo "$OUT: begun with other settings (${difference//$'\n'/ }); restore them, or give another OUT" >&2
+    exit 2
+fi
+echo "$asked" >"$OUT/asked"
+
+declare -A spent=() times=() left=()                 # seconds, how often, how often still, of each kind of part
+failed=()
+
+part() {  # part KIND FINISHED NAME COMMAND...: runs it where the file FINISHED is not there yet
+    local kind=$1 finished=$2 what=$3 began=$SECONDS code
+    shift 3
+    ((left[$kind]--))
+    [ -e "$finished" ] && return
+    "$@" >"$OUT/logs/${what//\//.}.log" 2>&1
+    code=$?
+    if ((code == 130 || code == 143)); then
+        echo "interrupted in $what; the same command carries on" >&2
+        exit $code
+    elif ((code)); then
+        failed+=("$what")
+        echo "$what: failed, $(tail -n 1 "$OUT/logs/${what//\//.}.log")" >&2
+        return
+    fi
+    ((spent[$kind] += SECONDS - began, times[$kind]++))
+    echo "$what: $((SECONDS - began)) s; $(expected)"
+}
+
+expected() {  # what is left, from the parts of each kind that were run so far
+    local kind seconds=0 unknown=()
+    for kind in distil $TASKS; do
+        if ((${times[$kind]-0})); then
+            ((seconds += left[$kind] * spent[$kind] / times[$kind]))
+        elif ((${left[$kind]})); then
+            unknown+=("$kind")
+        fi
+    done
+    printf 'at most %d:%02d hours left%s' $((seconds / 3600)) $((seconds / 60 % 60)) "${unknown:+ beside ${unknown[*]}}"
+}
+
+distil() {  # distil FOLDER FLAGS...
+    local command=(python)
+    ((PROCESSES > 1)) && command=(torchrun --standalone --nproc_per_node="$PROCESSES")
+    "${command[@]}" "$here/train.py" "${demo[@]}" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN \
+        --out "$@" && touch "$1/finished"
+}
+
+judge() {  # judge TASK UPSTREAM FOLDER FLAGS...
+    local task=$1 data=()
+    case $task${demo[*]} in
+        pr) data=(--data "$DATA" --lexicon "$LEXICON") ;;
+        asr) data=(--data "$DATA") ;;
+        sid) if [ -d "$VOXCELEB" ]; then data=(--data "$VOXCELEB"); else data=(--manifest "$VOXCELEB"); fi ;;
+        er) if [ -d "$IEMOCAP" ]; then data=(--data "$IEMOCAP"); else data=(--manifest "$IEMOCAP"); fi ;;
+    esac
+    local more=${task^^}
+    python "$here/evaluate_$task.py" "${demo[@]}" "${data[@]}" --upstream "$2" --out "$3" --lr "$RATES" ${!more} "${@:4}"
+}
+
+tasks() {  # tasks ROW UPSTREAM: for a student, the folder of its seeds
+    local seed task upstream
+    for seed in $SEEDS; do
+        for task in $TASKS; do
+            upstream=$2
+            [ -d "$2/seed-$seed" ] && upstream=$2/seed-$seed/student.pt
+            local folder=$OUT/$1/seed-$seed/$task
+            part "$task" "$folder/result.json" "$1/seed-$seed/$task" \
+                judge "$task" "$upstream" "$folder" --seed "$seed" ${CACHE:+--cache "$CACHE/$1"}
+        done
+    done
+}
+
+# ---------------------------------------------------------------- the plan
+
+seeds=$(wc -w <<<"$SEEDS")
+rows=$((${#students[@]} + ${#teachers[@]} + 1))
+left[distil]=$((${#students[@]} * seeds))
+for task in $TASKS; do left[$task]=$((rows * seeds)); done
+echo "students, each with seed $SEEDS: ${students[*]}"
+echo "also judged: the teachers, filter banks; on $TASKS; ${left[distil]} distillations and $((rows * seeds)) probes of each task"
+trial=$OUT/logs/trial
+if [ ! -e "$trial/finished" ]; then                  # how fast this machine is, from a few real steps
+    distil "$trial" --teachers "$TEACHERS" --steps 4 --log-every 1 --save-every 4 >"$trial.log" 2>&1 ||
+        { echo "a trial of 4 steps failed: $(tail -n 1 "$trial.log")" >&2; exit 2; }
+    du -sk "$trial" | cut -f 1 >"$trial/kilobytes"
+fi
+python - "$trial" "${left[distil]}" "$STEPS" <<'PYTHON'
+import json, sys
+folder, runs, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")][1:]
+hours, disk = sum(line["seconds"] for line in lines) / len(lines) * steps / 3600, int(open(f"{folder}/kilobytes").read())
+print(f"expected: {hours * runs:.3g} hours of distillation without CACHE ({hours:.3g} a student of all teachers), "
+      f"{disk * runs / 1e6:.3g} GB of students and saves; a task's hours are said once one of its probes is done")
+PYTHON
+
+# ---------------------------------------------------------------- all of it
+
+tasks fbank fbank
+for teacher in "${teachers[@]}"; do
+    tasks "teacher-$(name "$teacher")" "$teacher"
+    [ -z "$CACHE" ] || rm -rf "$CACHE/teacher-$(name "$teacher")"
+done
+for ((i = 0; i < ${#students[@]}; i++)); do
+    row=${students[i]}
+    cache=()
+    [ -z "$CACHE" ] || [ $row = untrained ] || cache=(--cache "$CACHE/$row")
+    for seed in $SEEDS; do
+        part distil "$OUT/$row/seed-$seed/finished" "$row/seed-$seed" \
+            distil "$OUT/$row/seed-$seed" --teachers "${of[i]}" ${flags[i]} --seed "$seed" "${cache[@]}"
+    done
+    tasks "$row" "$OUT/$row"
+    [ -z "$CACHE" ] || rm -rf "$CACHE/$row"
+done
+
+python "$here/report.py" "$OUT"/*/seed-*/{pr,sid,er,asr} --against avg \
+    --to "$OUT/results.md,$OUT/results.csv" --picture "$OUT/results.svg" || failed+=("report.py")
+if ((${#failed[@]})); then
+    echo "failed, with a log in $OUT/logs: ${failed[*]}; the same command tries them again" >&2
+    exit 1
+fi
