@@ -88,12 +88,13 @@ class SpeechEncoder(nn.Module):
         """Hidden states of the layers asked for; computing stops at the highest of them.
 
         waveforms: (batch, samples) at 16 kHz, in -1..1.
-        lengths: samples of each utterance, (batch,) tensor or list, for a padded batch; None: nothing is padded
-            and no mask is built. With lengths an utterance's states are those it has alone (official code
-            leaks: its first GroupNorm and its positional convolution see the padding); beyond its end they are 0.
+        lengths: samples of each utterance, (batch,) tensor or list, for a padded batch. An utterance's states are then
+            those it has alone (official code leaks: its first GroupNorm and its positional convolution see the
+            padding), and 0 beyond its end. None, or all as long as the batch: nothing is padded, no mask is built.
+            A tensor on a GPU is believed: a look at it would make the host wait for the device.
         layers: which hidden states, in this order. 0 is the input of layer 1, None means 0..N. With pre_norm
             (Large) state N is taken after the final LayerNorm, as fairseq and transformers give it.
-        Returns a list of (batch, frames, dim).
+        Returns a list of (batch, frames, dim), in the precision of the weights (or autocast's).
         Raises ValueError for a layer that does not exist, for lengths that do not fit the batch, and for an
         utterance too short to give one frame.
         """
@@ -105,16 +106,13 @@ class SpeechEncoder(nn.Module):
             shape = tuple(waveforms.shape)
             raise ValueError(f"waveforms of shape {shape}: not (batch, samples) with at least one frame's samples")
         if lengths is not None:
-            lengths = torch.as_tensor(lengths, device=waveforms.device)
-            if lengths.shape != waveforms.shape[:1] or (lengths > waveforms.shape[1]).any():
-                raise ValueError(f"lengths {lengths.tolist()} do not fit waveforms of shape {tuple(waveforms.shape)}")
-            if (self.frames(lengths) < 1).any():
-                raise ValueError(f"lengths {lengths.tolist()}: an utterance is too short for one frame")
+            lengths = self._where_padded(lengths, waveforms)
+        if lengths is not None:
             waveforms = waveforms.masked_fill(~_valid(lengths, waveforms.shape[1]), 0)
 
         if config.normalize:
             waveforms = _normalize(waveforms, lengths)
-        x = self.feature_extractor(waveforms, lengths)
+        x = self.feature_extractor(waveforms.to(self.norm.weight.dtype), lengths)
         if config.conv_gradient_scale != 1 and x.requires_grad:
             x = ScaleGradient.apply(x, config.conv_gradient_scale)
         x = self.feature_projection(x)
@@ -124,7 +122,7 @@ class SpeechEncoder(nn.Module):
             valid = _valid(self.frames(lengths), x.shape[1])[:, :, None]
             # The positional convolution must see past an utterance's end what it sees past the batch's: zeros.
             x = x.masked_fill(~valid, 0)
-            attention_mask = valid[:, None, None, :, 0]
+            attention_mask = _valid(self.frames(lengths), _eights(x.shape[1]))[:, None, None]
         x = x + self.positional_embedding(x, valid)
         if not config.pre_norm:
             x = self.norm(x)
@@ -143,9 +141,22 @@ class SpeechEncoder(nn.Module):
             states = {number: state.masked_fill(~valid, 0) for number, state in states.items()}
         return [states[layer] for layer in layers]
 
+    def _where_padded(self, lengths, waveforms):
+        """lengths on the waveforms' device, or None where they pad nothing. Raises ValueError where they do not fit."""
+        if not torch.is_tensor(lengths) or lengths.device.type == "cpu":
+            lengths = torch.as_tensor(lengths)
+            if lengths.shape != waveforms.shape[:1] or (lengths > waveforms.shape[1]).any():
+                raise ValueError(f"lengths {lengths.tolist()} do not fit waveforms of shape {tuple(waveforms.shape)}")
+            if (self.frames(lengths) < 1).any():
+                raise ValueError(f"lengths {lengths.tolist()}: an utterance is too short for one frame")
+            if (lengths == waveforms.shape[1]).all():
+                return None
+        return lengths.to(waveforms.device, non_blocking=True)
+
     def position_bias(self, frames):
         """WavLM's relative position bias, (heads, query frames, key frames), the same for every layer before its gate.
 
+        There are keys up to a multiple of eight, of which attention takes its own: a GPU's kernels want rows so long.
         Distances fall into buckets: exact when small, wider as a logarithm grows.
         Source: arXiv:2110.13900; compute_bias in Microsoft's wavlm/modules.py.
         """
@@ -156,8 +167,8 @@ class SpeechEncoder(nn.Module):
         far = (far.long() + exact).clamp(max=buckets - 1)
         bucket = torch.where(distance.abs() < exact, distance.abs(), far) + (distance > 0) * buckets
         by_distance = self.relative_position(bucket).t()  # one value for each key - query, -(frames-1)..frames-1
-        position = torch.arange(frames, device=device)
-        return by_distance[:, position[None, :] - position[:, None] + frames - 1]
+        position = torch.arange(_eights(frames), device=device).clamp(max=frames - 1)
+        return by_distance[:, position[None, :] - position[:frames, None] + frames - 1]
 
 
 class FeatureExtractor(nn.Module):
@@ -188,7 +199,12 @@ class FeatureExtractor(nn.Module):
                 x = norm(x.transpose(1, 2)).transpose(1, 2)
             elif isinstance(norm, nn.GroupNorm) and lengths is not None:
                 # The one statistic over time: taken over an utterance's own frames only.
-                x = _normalize(x, lengths, norm.eps) * norm.weight[:, None] + norm.bias[:, None]
+                x = (_normalize(x, lengths, norm.eps) * norm.weight[:, None] + norm.bias[:, None]).to(x.dtype)
+            elif isinstance(norm, nn.GroupNorm):
+                # In the precision at hand: autocast would make float32 of the largest tensor there is.
+                with torch.autocast(x.device.type, enabled=False):
+                    weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
+                    x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
             else:
                 x = norm(x)
             x = F.gelu(x)
@@ -285,14 +301,16 @@ class SelfAttention(nn.Module):
             self.gate_scale = nn.Parameter(torch.ones(1, config.heads, 1, 1))
 
     def forward(self, x, mask=None, bias=None):
-        """x: (batch, frames, dim); mask: (batch, 1, 1, frames), True where a key counts; bias: (heads, frames, frames)."""
+        """x: (batch, frames, dim); mask: (batch, 1, 1, keys), True where a key counts; bias: (heads, frames, keys)."""
         batch, frames, dim = x.shape
         q, k, v = self.qkv(x).view(batch, frames, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if bias is not None:
-            if self.gated:
-                bias = self.gates(x) * bias
             bias = bias.to(q.dtype)
-            mask = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+            if self.gated:
+                bias = self.gates(x).to(q.dtype) * bias
+            mask = bias if mask is None else torch.where(mask, bias, -math.inf)
+        if mask is not None:
+            mask = mask[..., :frames]
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out(x.transpose(1, 2).reshape(batch, frames, dim))
@@ -321,6 +339,10 @@ def _init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
+
+
+def _eights(frames):
+    return -(-frames // 8) * 8
 
 
 def _valid(lengths, longest):
