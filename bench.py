@@ -130,17 +130,17 @@ class Ours:
         self.loader = data.load_batches(batches, 0, 10**9, args.workers, pin_memory=device.type == "cuda")
         self.precision = processes.precision(args.precision, device)
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        self.teachers = [teacher.to(self.dtype) for teacher in self.teachers]
         self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=self.precision == "bf16")
 
     def compile(self):
-        for module in (*self.teachers, self.student):
-            module.compile()
+        processes.compile(*self.teachers, self.student)
 
     def keep_targets(self, batches):
         """Keeps the targets of the whole corpus in memory, and has its own loader for steps with them."""
         dims = [head[-1].out_features for head in self.student.heads]
         layers = [self.layers] * len(self.teachers)
-        ensemble = Ensemble(self.teachers, layers, self.targets_of, dims, self.autocast, self.device)
+        ensemble = Ensemble(self.teachers, layers, self.targets_of, dims, self.device)
         states = States(ensemble, batches.corpus)
         states.keep(None, "the teachers", 1)
         batches = data.Batches(batches.corpus, batches.batch_size, batches.max_samples, grid=ensemble.hop)
@@ -158,7 +158,7 @@ class Ours:
         if kept:
             targets = batch["targets"].to(self.device, non_blocking=True).float().split(self.dims, dim=-1)
         else:
-            with torch.no_grad(), self.autocast():
+            with torch.no_grad():
                 targets = self.targets_of([teacher(waves, layers=self.layers) for teacher in self.teachers])
         mark("teachers")
         with self.autocast():
@@ -167,8 +167,11 @@ class Ours:
         mark("student forward")
         loss.backward()
         mark("backward")
-        torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
+        ill = processes.anywhere(~(torch.isfinite(loss) & torch.isfinite(norm)))
+        self.optimizer.found_inf = ill.float()
         self.optimizer.step()
+        processes.agree(0)
         self.optimizer.zero_grad(set_to_none=True)
         mark("optimizer")
         return waves.numel() / data.SAMPLE_RATE

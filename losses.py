@@ -28,9 +28,13 @@ def head_loss(prediction, target, valid=None):
         angles, 1.31 where they are opposite.
     Without a single valid frame both are 0.
     """
-    if valid is not None:
-        prediction, target = prediction[valid], target[valid]
     prediction, target = prediction.float(), target.float()
-    l1 = (prediction - target).abs()
+    if valid is not None:  # filled, not indexed: how many frames that leaves a GPU would have to tell the host
+        outside = ~valid[:, :, None]
+        prediction, target = prediction.masked_fill(outside, 0), target.masked_fill(outside, 0)
+    l1 = (prediction - target).abs().mean(-1)
     cosine = -F.logsigmoid(F.cosine_similarity(prediction, target, dim=-1))
-    return l1.sum() / max(l1.numel(), 1), cosine.sum() / max(cosine.numel(), 1)
+    if valid is None:
+        return l1.mean(), cosine.mean()
+    count = valid.sum().clamp(min=1)
+    return l1.sum() / count, cosine.masked_fill(~valid, 0).sum() / count

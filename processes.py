@@ -247,6 +247,15 @@ def agree(*numbers):
     return largest.tolist()
 
 
+def anywhere(flag):
+    """Where a bool tensor, on any device, is true on some process. On a GPU the host does not wait for it."""
+    if not dist.is_initialized():
+        return flag
+    flag = flag.to(torch.uint8)
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.bool()
+
+
 def mean(tensor):
     """The mean over all processes, place by place, of a tensor on the CPU."""
     if dist.is_initialized():
@@ -329,6 +338,15 @@ def precision(asked, device):
         able = torch.cpu.get_capabilities()
         native = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
     return "bf16" if native else "fp32"
+
+
+def compile(*networks, backend="inductor"):
+    """torch.compile in place: each network one graph for all lengths, and room for so many before dynamo falls back."""
+    torch._dynamo.config.recompile_limit = 8 * len(networks)  # networks of one class count together
+    for network in networks:
+        network.compile(dynamic=True, backend=backend)
+    if RANK == 0:
+        print(f"compiling {len(networks)} networks: some minutes at the first step, and at the first of another shape")
 
 
 def reseed(*numbers):

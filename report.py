@@ -125,10 +125,13 @@ def _step_of(line):
         return float("inf")
 
 
-def stop_not_finite(args, step, saved, loss, paths):
-    """Ends the run on every process, naming the files of those whose own loss is not finite, else all of the batch."""
-    shares = processes.gather((bool(torch.isfinite(loss)), paths))
-    files = [path for finite, share in shares if not finite for path in share]
+def stop_not_finite(args, step, saved, mine, batches):
+    """Ends the run on every process, naming the files of those whose own loss is not finite, else all of the step's batch.
+
+    mine: whether this process's own was not; batches: data.Batches or alike.
+    """
+    shares = processes.gather((mine, batches[step - 1]["paths"]))
+    files = [path for not_finite, share in shares if not_finite for path in share]
     what = "loss" if files else "gradient"
     files = files or [path for _, share in shares for path in share]
     kept = f"{args.out} is as saved after step {saved}" if saved else "nothing was saved yet"

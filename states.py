@@ -13,21 +13,27 @@ from processes import RANK, WORLD_SIZE
 
 import concurrent.futures
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 import time
+import zlib
 
 import numpy as np
 import soundfile
 import torch
 
 import data
+from encoder import EncoderConfig, SpeechEncoder
 from report import clock
-from safe_files import locked_now, write_whole
+from safe_files import locked_now, write_text, write_whole
+from teachers import TEACHERS, digest, download, load_teacher
 
 BLOCK = 32  # utterances whose states come into one file, and are lost where a kill comes before it is whole
+TARGETS_AS = torch.bfloat16  # how the targets of a distillation are kept
 AT_ONCE = 160 * 16000  # samples, with padding, that go through a network together: its convolutions need the memory
 
 
@@ -48,7 +54,7 @@ class States:
         self.kept = None
 
     def batches(self, plan, first=0, last=None, workers=0):
-        """Yields (utterances, their states as Probe takes them, their frames) of steps first..last-1, on the device.
+        """Yields (utterances, their states as Probe takes them, their frames) of steps first..last-1, the states on the device.
 
         plan[step]: the step's utterances, indices into the corpus. A file that cannot be read ends the program.
         """
@@ -61,8 +67,8 @@ class States:
             if "states" in item:
                 states = item["states"].to(device, non_blocking=True)
             else:
-                states = self.upstream(item["waveforms"].to(device, non_blocking=True), item["lengths"].to(device))
-            yield item["utterances"].tolist(), states.float(), self.frames[item["utterances"]].to(device)
+                states = self.upstream(item["waveforms"].to(device, non_blocking=True), item["lengths"])
+            yield item["utterances"].tolist(), states.float(), self.frames[item["utterances"]]
 
     def keep(self, folder, name, batch_size, asked=(), silent=False):
         """Runs the upstream over the corpus once and keeps its states: in files in `folder`, or in memory where it is None.
@@ -78,7 +84,7 @@ class States:
         left = sum(int(self.frames[self.blocks[number]].sum()) for number in missing)
         if missing and folder:
             os.makedirs(folder, exist_ok=True)
-            needed = sum(kept.bytes[number] for number in missing)
+            needed = sum(kept.file_bytes[number] for number in missing)
             if shutil.disk_usage(folder).free < needed:
                 raise OSError(f"{folder}: no room for {needed / 1e9:.3g} GB; give --cache another folder")
         while missing:
@@ -111,7 +117,7 @@ class States:
             item = read_whole(self.corpus, mine, silent)
             if "unreadable" in item:
                 processes.stop(item["unreadable"])
-            states = self.upstream(item["waveforms"].to(device), item["lengths"].to(device)).to("cpu", self.dtype)
+            states = self.upstream(item["waveforms"].to(device), item["lengths"]).to("cpu", self.dtype)
             found += [states[:, place, : self.frames[one]].flatten() for place, one in enumerate(mine)]
         return torch.cat(found)
 
@@ -119,7 +125,8 @@ class States:
 class Kept:
     """Where States are kept: blocks of utterances, each a file or a tensor, every utterance's (states, frames, dim) in turn.
 
-    Goes to the loader's processes, so it holds no network.
+    A file ends with a CRC-32 of each utterance's bytes, looked at where a process reads it first. Goes to the loader's
+    processes, so it holds no network.
     """
 
     def __init__(self, states, folder):
@@ -127,8 +134,9 @@ class Kept:
         self.count, self.dim = states.upstream.states, states.upstream.dim
         self.sizes = [states.sizes[block].tolist() for block in states.blocks]
         self.bytes = [self.dtype.itemsize * sum(sizes) for sizes in self.sizes]
+        self.file_bytes = [size + 4 * len(sizes) for size, sizes in zip(self.bytes, self.sizes)]
         self.place = {int(one): (n, i) for n, block in enumerate(states.blocks) for i, one in enumerate(block)}
-        self.split = {}  # number of a block: a tensor for each of its utterances
+        self.split, self.checked = {}, set()  # number of a block: a tensor for each of its utterances; whole utterances
 
     def path(self, number):
         return os.path.join(self.folder, f"{number:05d}")
@@ -144,7 +152,7 @@ class Kept:
                 sizes = {entry.name: entry.stat().st_size for entry in os.scandir(self.folder)}
             else:
                 sizes = {f"{number:05d}": os.path.getsize(self.path(number)) for number in numbers}
-        return [number for number in numbers if sizes.get(f"{number:05d}") != self.bytes[number]]
+        return [number for number in numbers if sizes.get(f"{number:05d}") != self.file_bytes[number]]
 
     def alone(self, number):
         """Within it no other process computes the block; gives whether that is so."""
@@ -156,17 +164,33 @@ class Kept:
         if self.folder is None:
             self.memory[number] = states
         else:
-            write_whole(self.path(number), lambda file: file.write(states.view(torch.uint8).numpy()))
+            sums = np.array([_checksum(one) for one in states.split(self.sizes[number])], "<u4")
+            write_whole(self.path(number), lambda file: file.writelines([states.view(torch.uint8).numpy(), sums]))
 
     def of(self, utterance):
-        """An utterance's states, (states, frames, dim)."""
+        """An utterance's states, (states, frames, dim). Raises ValueError where its file is damaged."""
         number, i = self.place[int(utterance)]
         if number not in self.split:
             block = self.memory.get(number)
             if block is None:  # every process maps the file for itself
-                block = torch.from_file(self.path(number), shared=False, size=sum(self.sizes[number]), dtype=self.dtype)
+                path, size = self.path(number), sum(self.sizes[number])
+                try:
+                    block = torch.from_file(path, shared=False, size=size, dtype=self.dtype)
+                except RuntimeError as error:
+                    raise ValueError(f"{path}: {error}; start again, and it is made again") from None
             self.split[number] = block.split(self.sizes[number])
-        return self.split[number][i].view(self.count, -1, self.dim)
+        found = self.split[number][i]
+        if self.folder and (number, i) not in self.checked:
+            with open(self.path(number), "rb") as file:
+                file.seek(self.bytes[number] + 4 * i)
+                if file.read(4) != np.array(_checksum(found), "<u4").tobytes():
+                    raise ValueError(f"{self.path(number)}: damaged; delete it, and it is made again")
+            self.checked.add((number, i))
+        return found.view(self.count, -1, self.dim)
+
+
+def _checksum(tensor):
+    return zlib.crc32(tensor.view(torch.uint8).numpy())
 
 
 def read_whole(corpus, utterances, silent=False):
@@ -197,7 +221,10 @@ class _Items(torch.utils.data.Dataset):
         if self.kept is None:
             item = read_whole(self.corpus, utterances)
         else:  # (states, batch, frames, dim)
-            found = [self.kept.of(utterance) for utterance in utterances]
+            try:
+                found = [self.kept.of(utterance) for utterance in utterances]
+            except (OSError, ValueError) as error:
+                return {"unreadable": str(error)}
             longest = max(states.shape[1] for states in found)
             item = {"states": torch.zeros(self.kept.count, len(found), longest, self.kept.dim, dtype=self.kept.dtype)}
             for place, states in enumerate(found):
@@ -216,12 +243,11 @@ def by_length(samples):
 class Ensemble:
     """Teachers and their aggregation as States takes an upstream: one state, all heads' targets side by side.
 
-    teachers: SpeechEncoders; layers: those of each; targets_of: a function of aggregate.py; dims: of each head's target;
-    autocast: a context for the teachers.
+    teachers: SpeechEncoders; layers: those of each; targets_of: a function of aggregate.py; dims: of each head's target.
     """
 
-    def __init__(self, teachers, layers, targets_of, dims, autocast, device):
-        self.teachers, self.layers, self.targets_of, self.autocast = teachers, layers, targets_of, autocast
+    def __init__(self, teachers, layers, targets_of, dims, device):
+        self.teachers, self.layers, self.targets_of = teachers, layers, targets_of
         self.states, self.dim, self.device, self.frames = 1, sum(dims), device, teachers[0].frames
         self.field, self.hop = 1, 1  # samples that a frame sees, and from one to the next
         for _, kernel, stride in reversed(teachers[0].config.conv_layers):
@@ -229,9 +255,75 @@ class Ensemble:
 
     @torch.no_grad()
     def __call__(self, waveforms, lengths):
-        with self.autocast():
-            states = [teacher(waveforms, lengths, mine) for teacher, mine in zip(self.teachers, self.layers)]
-            return torch.cat([target.float() for target in self.targets_of(states)], dim=-1)[None]
+        states = [teacher(waveforms, lengths, mine) for teacher, mine in zip(self.teachers, self.layers)]
+        return torch.cat([target.float() for target in self.targets_of(states)], dim=-1)[None]
+
+
+class Known:
+    """A teacher of which a cache knows sizes and digest, in a SpeechEncoder's place: it is loaded only where it is used."""
+
+    def __init__(self, path, device, config, digest):
+        self.path, self.device, self.config, self.digest, self.dtype = path, device, config, digest, torch.float32
+
+    @functools.cached_property
+    def network(self):
+        return load_teacher(self.path, self.device)
+
+    def __call__(self, *waveforms_lengths_layers):
+        return self.network.to(self.dtype)(*waveforms_lengths_layers)
+
+    def state_dict(self):
+        return self.network.state_dict()
+
+    def frames(self, samples):
+        return SpeechEncoder.frames(self, samples)
+
+    def to(self, dtype):
+        self.dtype = dtype
+        return self
+
+
+def known_teachers(cache, paths, device):
+    """A Known for each path where DIR/teachers.json knows all of these files as they are, else []."""
+    index = _read_index(cache)
+    try:
+        known = [index[_about_file(path)] for path in paths if index]
+        return [Known(path, device, EncoderConfig(**one["config"]), one["digest"]) for path, one in zip(paths, known)]
+    except (KeyError, TypeError, OSError):
+        return []
+
+
+def digest_of(teacher):
+    """teachers.digest, which is computed only where it is not known."""
+    return teacher.digest if isinstance(teacher, Known) else digest(teacher)
+
+
+def _remember(cache, paths, teachers, digests):
+    """Writes the teachers into DIR/teachers.json, for known_teachers."""
+    index = _read_index(cache)
+    entries = [{"config": dataclasses.asdict(one.config), "digest": mine} for one, mine in zip(teachers, digests)]
+    entries = json.loads(json.dumps(dict(zip(map(_about_file, paths), entries))))
+    if index | entries != index:
+        with contextlib.suppress(OSError):  # read-only: then they are loaded the next time too
+            write_text(os.path.join(cache, "teachers.json"), json.dumps(index | entries, indent=1))
+
+
+def _read_index(cache):
+    """{what _about_file says: {"config": sizes, "digest": ...}}; empty where there is none."""
+    try:
+        with open(os.path.join(cache, "teachers.json"), encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (OSError, TypeError, ValueError):  # no cache, no file, or a damaged one
+        return {}
+
+
+def _about_file(path):
+    """A line on a checkpoint that changes with its place, size or time, and with those of what is read beside it."""
+    path = os.path.realpath(download(TEACHERS[path]) if path in TEACHERS else path)
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    beside = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+    files = [file for file in [path, *(os.path.join(folder, name) for name in beside)] if os.path.exists(file)]
+    return " ".join(f"{file} {os.stat(file).st_size} {os.stat(file).st_mtime_ns}" for file in files)
 
 
 class WithTargets(torch.utils.data.Dataset):
@@ -246,11 +338,16 @@ class WithTargets(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         utterances, starts, cut = self.batches.crops(step)
-        frames, targets = (cut - self.field) // self.batches.grid + 1, []
-        for utterance, start in zip(utterances, starts):
+        frames, item = (cut - self.field) // self.batches.grid + 1, self.batches[step]
+        targets = torch.zeros(len(utterances), frames, self.kept.dim, dtype=self.kept.dtype)
+        for place, (utterance, start) in enumerate(zip(utterances, starts)):
             first = start // self.batches.grid
-            targets.append(self.kept.of(utterance)[0, first : first + frames])
-        return self.batches[step] | {"targets": torch.stack(targets)}
+            try:
+                targets[place] = self.kept.of(utterance)[0, first : first + frames]
+            except (OSError, ValueError) as error:  # as audio that cannot be read
+                item["readable"][place] = False
+                item["left_out"][item["paths"][place]] = f"its targets: {error}"
+        return item | {"targets": targets}
 
 
 def keep_targets(args, batches, ensemble, made_of, asked):
@@ -258,7 +355,7 @@ def keep_targets(args, batches, ensemble, made_of, asked):
 
     made_of: what the targets depend on beside the audio. Ends the program where there is no room, or on a signal.
     """
-    states, where, folder = States(ensemble, batches.corpus), "in memory", None
+    states, where, folder = States(ensemble, batches.corpus, TARGETS_AS), "in memory", None
     with processes.together("--cache"):
         if args.cache != "memory":
             name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
@@ -278,6 +375,8 @@ def keep_targets(args, batches, ensemble, made_of, asked):
     except processes.Interrupted as interrupted:
         what = "interrupted while targets are computed; those that are kept stay, the same command resumes"
         processes.stop(what, 128 + interrupted.args[0])
+    if RANK == 0 and folder:
+        _remember(args.cache, args.teachers, ensemble.teachers, made_of[0])
     return WithTargets(batches, states.kept, ensemble.field)
 
 

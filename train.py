@@ -26,14 +26,14 @@ import demo
 from losses import distillation_loss
 from report import Metrics, find_tensorboard, introduce, stop_not_finite
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
-from states import Ensemble, keep_targets
+from states import Ensemble, digest_of, keep_targets, known_teachers
 from student import Student, initialise, save_student, student_config
-from teachers import check_frames, digest, layers_of, load_teacher, short_names
+from teachers import check_frames, layers_of, load_teacher, short_names
 
 # Settings that may change when a run is resumed: they change no weight beyond rounding, but for --accumulate, --compile
 # and the number of processes, which draw other dropout. Audio and teachers are known by what they are, not by their paths.
 FREE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "keep", "tensorboard", "data", "teachers"}
-ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6}
+ADAMW = {"betas": (0.9, 0.98), "eps": 1e-6, "fused": True}  # fused: it can be told on the device to change nothing
 
 
 # ---------------------------------------------------------------- settings
@@ -119,7 +119,8 @@ def main(arguments=None):
         batches = data.Batches(corpus, args.batch_size, longest, args.seed, RANK, WORLD_SIZE)
     with processes.together("--teachers"):
         names = short_names(args.teachers)
-        teachers = [load_teacher(path, device) for path in args.teachers]
+        teachers = known_teachers(args.cache, args.teachers, device)  # what is kept needs no teacher loaded
+        teachers = teachers or [load_teacher(path, device) for path in args.teachers]
         check_frames(teachers, names)
     with processes.together("--heads"):
         layers = layers_of(args.heads, teachers, names)
@@ -131,7 +132,7 @@ def main(arguments=None):
         with processes.together(f"--student-layers {args.student_layers} asks for --init none"):
             initialise(student, teachers[0])
     with processes.together():
-        digests = dict(zip(names, map(digest, teachers)))
+        digests = dict(zip(names, map(digest_of, teachers)))
         run = load_run(args, corpus, student, digests)  # the newest save, its weights put into the student
     done = run["step"] if run else 0
     if len(set(processes.gather((corpus.fingerprint(), done)))) > 1:
@@ -143,11 +144,13 @@ def main(arguments=None):
     left_out = dict(corpus.left_out)
     if run:
         optimizer.load_state_dict(run["optimizer"])
+        optimizer.param_groups[0]["fused"] = True  # saves did not always say so
         left_out |= run["left_out"]
         del run
+    if args.precision == "bf16":  # teachers never learn: their weights are rounded once, not at every step
+        teachers = [teacher.to(torch.bfloat16) for teacher in teachers]
     if args.compile:
-        for module in (*teachers, student):
-            module.compile()
+        processes.compile(*([] if args.cache else teachers), student)
     model = student
     if DISTRIBUTED:
         devices = [device.index] if device.type == "cuda" else None
@@ -169,12 +172,15 @@ def main(arguments=None):
         introduce(args, corpus, batches, names, student, f"{args.precision} on {WORLD_SIZE} x {device.type}", done)
 
         if args.cache and done < args.steps:
-            ensemble = Ensemble(teachers, layers, targets_of, dims, autocast, device)
+            ensemble = Ensemble(teachers, layers, targets_of, dims, device)
             made_of = [list(digests.values()), layers, args.agg, args.precision]
             batches = keep_targets(args, batches, ensemble, made_of, asked)
             teachers, ensemble = [], None  # their memory is given back
 
-        saved = done
+        saved, stop_at = (
+            done,
+            torch.zeros(2, device=device),
+        )  # the step that was not finite; whether its loss here was not
         loader = data.load_batches(batches, done, args.steps, args.workers, pin_memory=device.type == "cuda")
         for step, batch in enumerate(loader, start=done + 1):
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
@@ -188,7 +194,7 @@ def main(arguments=None):
                 if args.cache:  # the teachers ran before
                     targets = batch["targets"][part].to(device, non_blocking=True).float().split(dims, dim=-1)
                 else:
-                    with torch.no_grad(), autocast():
+                    with torch.no_grad():
                         targets = targets_of([teacher(waves, layers=mine) for teacher, mine in zip(teachers, layers)])
                 model.require_backward_grad_sync = begin + size == len(waveforms)  # DDP adds gradients up once a step
                 with autocast():
@@ -203,18 +209,23 @@ def main(arguments=None):
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             metrics.count(batch)
 
-            # All processes go the same way: to the update, or out before it spoils a weight.
-            finite = bool(torch.isfinite(step_loss) & torch.isfinite(norm))
-            sick, interrupted = processes.agree(not finite, max(asked, default=0))
-            if sick:
-                stop_not_finite(args, step, saved, step_loss, batch["paths"])
+            # Once loss or gradient is not finite anywhere, no weight changes any more. The device knows; the host asks it
+            # only where a line or a save is due, so that it never waits for a step.
+            ill = processes.anywhere(~(torch.isfinite(step_loss) & torch.isfinite(norm)))
+            this = torch.stack([torch.full_like(step_loss, step), (~torch.isfinite(step_loss)).float()])
+            stop_at = torch.where(ill & (stop_at[0] == 0), this, stop_at)
+            optimizer.found_inf = (stop_at[0] > 0).float()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+            (interrupted,) = processes.agree(max(asked, default=0))  # all stop after the same step
             last = step == args.steps or interrupted
-            if step == done + 1 or step % args.log_every == 0 or last:
+            line, save = step == done + 1 or step % args.log_every == 0 or last, step % args.save_every == 0 or last
+            if (line or save) and stop_at[0]:
+                stop_not_finite(args, int(stop_at[0]), saved, bool(stop_at[1]), batches)
+            if line:
                 metrics.report(step, lr, norm)
-            if step % args.save_every == 0 or last:
+            if save:
                 save_run(args, step, student, optimizer, corpus, metrics.left_out, digests)
                 saved = step
             if interrupted:

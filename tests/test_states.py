@@ -2,7 +2,6 @@
 
 import processes
 
-import contextlib
 import os
 import subprocess
 import sys
@@ -57,7 +56,7 @@ def test_kept_states_are_those_computed_and_the_upstream_runs_no_more(
     kept = all_states(states, plan)
     if path:
         sizes = [os.path.getsize(os.path.join(path, name)) for name in sorted(os.listdir(path)) if name.isdigit()]
-        assert sum(sizes) == states.bytes and len(sizes) == 3
+        assert sum(sizes) == states.bytes + 4 * 9 and len(sizes) == 3  # and a checksum each
         again = states_file.States(upstream, few)
         again.keep(path, "few", 4)  # another run finds the file
         assert all(torch.equal(one, kept[number]) for number, one in all_states(again, plan).items())
@@ -82,7 +81,7 @@ def test_states_reach_the_run_through_the_loaders_processes_too(upstreams, few, 
 
 def test_a_cache_that_was_interrupted_is_carried_on_and_not_begun_anew(upstreams, few, tmp_path, monkeypatch):
     monkeypatch.setattr(states_file, "BLOCK", 2)
-    upstream, path = probe.Upstream(str(upstreams / "student.pt")), str(tmp_path / "few.states")
+    upstream, path = probe.Upstream(str(upstreams / "student.pt"), precision="fp32"), str(tmp_path / "few.states")
     with pytest.raises(processes.Interrupted):
         states_file.States(upstream, few).keep(path, "few", 2, After(2))
     assert [name for name in sorted(os.listdir(path)) if name.isdigit()] == ["00000", "00001"]
@@ -214,7 +213,7 @@ class Convolutions:
 def test_kept_targets_of_a_crop_are_those_of_its_place_exactly(few):
     teacher = Convolutions(random_encoder(conv_norm="layer"))
     cpu = torch.device("cpu")
-    ensemble = states_file.Ensemble([teacher], [[1]], aggregate.average, [48], contextlib.nullcontext, cpu)
+    ensemble = states_file.Ensemble([teacher], [[1]], aggregate.average, [48], cpu)
     assert (ensemble.field, ensemble.hop) == (400, 320)
     kept = states_file.States(ensemble, few, torch.float32)
     kept.keep(None, "few", 1)
