@@ -98,7 +98,7 @@ class BiLSTM(nn.Module):
 
     def forward(self, x, frames):
         """x: (batch, frames, dim); frames: (batch,). Returns (batch, frames, 2 * hidden), meaningless past an utterance's end."""
-        time = torch.arange(x.shape[1], device=x.device)
+        time, frames = torch.arange(x.shape[1], device=x.device), frames.to(x.device, non_blocking=True)
         turned = torch.where(time < frames[:, None], frames[:, None] - 1 - time, time)[:, :, None]  # its own inverse
         backward, _ = self.reverse(x.gather(1, turned.expand_as(x)))
         return torch.cat([self.onward(x)[0], backward.gather(1, turned.expand_as(backward))], dim=2)

@@ -153,8 +153,9 @@ def mean_over_frames(states, frames, longest=None):
     start = torch.zeros_like(frames)
     if longest:
         room = (frames - longest).clamp(min=0)
-        start = (torch.rand(len(frames)).to(frames.device) * (room + 1)).long()
+        start = (torch.rand(len(frames), device=frames.device) * (room + 1)).long()
         frames = frames.clamp(max=longest)
+    start, frames = start.to(states.device, non_blocking=True), frames.to(states.device, non_blocking=True)
     time = torch.arange(states.shape[-2], device=states.device)
     inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
     share = inside.to(states.dtype) / frames[:, None]

@@ -32,7 +32,7 @@ from states import AT_ONCE, States, by_length, keep_states
 from student import load_student
 from teachers import TEACHERS, digest, load_teacher
 
-FORMAT = "ekd-probe-2"  # the first had one learning rate
+FORMAT = "ekd-probe-3"  # the first had one learning rate, the second one optimizer for all of them
 # Settings that may change when a run is resumed. Upstream and data are known by what they are, not by their paths.
 FREE = {"out", "cache", "cache_memory", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
 
@@ -104,7 +104,7 @@ class Upstream:
     def __call__(self, waveforms, lengths):
         """Hidden states, (states, batch, frames, dim); an utterance's are those it has alone, and 0 past its end.
 
-        waveforms: (batch, samples) at 16 kHz, on the device; lengths: samples of each, (batch,).
+        waveforms: (batch, samples) at 16 kHz, on the device; lengths: samples of each, (batch,), on the host.
         In bfloat16, whether they are kept or not, so that a score does not depend on where there was room.
         """
         count, states = max(1, AT_ONCE // waveforms.shape[1]), []
@@ -140,7 +140,8 @@ class Probe(nn.Module):
         self.head = head
 
     def forward(self, states, frames):
-        """states: (states, batch, frames, dim); frames: (batch,), how many each utterance has. Returns the head's outputs."""
+        """states: (states, batch, frames, dim); frames: (batch,), on the host, how many each utterance has. Returns the
+        head's outputs."""
         return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
 
 
@@ -277,18 +278,18 @@ def evaluate(
     for _ in rates:  # each as it would start alone
         torch.manual_seed(args.seed)
         probes.append(Probe(upstream.states, make_head(upstream.dim)).to(upstream.device))
-    groups = [{"params": list(probe.parameters()), "lr": rate} for rate, probe in zip(rates, probes)]
-    optimizer = torch.optim.Adam(groups)
+    # fused: each can be told on the device to change nothing
+    optimizers = [torch.optim.Adam(probe.parameters(), lr=rate, fused=True) for rate, probe in zip(rates, probes)]
     # scored: the step last scored on the second split; curve: [step, score] of each so far, of every rate.
     progress = {"step": 0, "scored": 0, "rates": [{"curve": [], "best": None} for _ in rates]}
     progress["seconds"] = {"states": 0.0, "training": 0.0, "scoring": 0.0}
     if run:
-        for probe, weights in zip(probes, run["probes"]):
+        for probe, optimizer, weights, moments in zip(probes, optimizers, run["probes"], run["optimizers"]):
             probe.load_state_dict(weights)
-        optimizer.load_state_dict(run["optimizer"])
+            optimizer.load_state_dict(moments)
         progress = run["progress"]
         print(f"{args.out}: resuming after step {progress['step']:,} of {args.steps:,}", flush=True)
-    save = functools.partial(save_run, args, fingerprints, probes, optimizer, progress)
+    save = functools.partial(save_run, args, fingerprints, probes, optimizers, progress)
 
     def scores(split, probes, asked):
         """(predictions, parts, totals) of each probe."""
@@ -303,7 +304,7 @@ def evaluate(
         try:
             with processes.together(), _timed(progress["seconds"], "states"):
                 keep_states(args, upstream, states, splits, progress["scored"] < args.steps, asked)
-            for step in train(args, probes, optimizer, progress, states, splits[0], plan, loss, pool, asked):
+            for step in train(args, probes, optimizers, progress, states, splits[0], plan, loss, pool, asked):
                 save()
                 found = scores(splits[1], probes, asked)
                 for rate, mine, probe, (_, part, total) in zip(rates, progress["rates"], probes, found):
@@ -351,19 +352,25 @@ def evaluate(
     return result, predictions
 
 
-def train(args, probes, optimizer, progress, states, split, plan, loss, pool, asked):
+def train(args, probes, optimizers, progress, states, split, plan, loss, pool, asked):
     """The steps that are left; yields the number of each after which a score is due, one that was missed first.
 
     Every probe, one a learning rate, learns from the same states, read once. progress["step"] counts the steps,
-    progress["scored"] is the caller's.
+    progress["scored"] is the caller's. The host asks the device for nothing but where a line or a score is due.
     """
     loader = states[split.corpus].batches(plan, progress["step"], args.steps, args.workers)
-    losses, since = [], time.monotonic()
+    device = probes[0].weights.device
+    total, since, begun = torch.zeros((), device=device), time.monotonic(), progress["step"]
+    stop_at = torch.zeros((), device=device)  # the first step at which no probe's loss was finite
     while progress["scored"] < args.steps:
         step = progress["step"]
-        if step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps):
+        due = step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps)
+        if (due or asked or step % args.log_every == 0) and stop_at:
+            ids = ", ".join(split.ids[split.number[place]] for place in plan[int(stop_at) - 1])
+            processes.stop(f"step {int(stop_at)}: the loss is not finite; utterances of the batch: {ids}")
+        if due:
             yield step
-            losses, since = [], time.monotonic()
+            total, since, begun = torch.zeros_like(total), time.monotonic(), step
             continue
         processes.heed(asked)
         with _timed(progress["seconds"], "training"):
@@ -378,25 +385,23 @@ def train(args, probes, optimizer, progress, states, split, plan, loss, pool, as
                 if len(probes) > 1:
                     processes.reseed(args.seed, step, 1)  # a head's dropout is the same at every rate
                 values.append(loss(probe.head(mixed, frames), frames, labels))
-            optimizer.zero_grad(set_to_none=True)
             sum(values).backward()
             norms = [nn.utils.clip_grad_norm_(probe.parameters(), 1.0) for probe in probes]
-            finite = torch.isfinite(torch.stack(values) + torch.stack(norms)).tolist()
-            for probe, fine in zip(probes, finite):
-                if not fine:  # one of several rates that is too high: it stays where it is
-                    probe.zero_grad(set_to_none=True)
-            if not any(finite):
-                ids = ", ".join(split.ids[split.number[place]] for place in utterances)
-                processes.stop(f"step {step + 1}: the loss is not finite; utterances of the batch: {ids}")
-            optimizer.step()
-        losses.append(min(value.item() for value, fine in zip(values, finite) if fine))
+            values = torch.stack(values).detach()
+            finite = torch.isfinite(values + torch.stack(norms))
+            stop_at = torch.where(finite.any() | (stop_at > 0), stop_at, step + 1)
+            for optimizer, fine in zip(optimizers, finite):  # a rate that is too high: its probe stays where it is
+                optimizer.found_inf = (~fine | (stop_at > 0)).float()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            total += values.masked_fill(~finite, torch.inf).min()
         progress["step"] = step = step + 1
-        if step % args.log_every == 0 or step == args.steps:
-            each = (time.monotonic() - since) / len(losses)
+        if (step % args.log_every == 0 or step == args.steps) and not stop_at:
+            each = (time.monotonic() - since) / (step - begun)
             left = f"{1 / each:.3g} steps/s  {report.clock(each * (args.steps - step))} left"
             place = f"step {step:>{len(str(args.steps))}}/{args.steps}"
-            print(f"{place}  loss {sum(losses) / len(losses):.4f}  {left}", flush=True)
-            losses, since = [], time.monotonic()
+            print(f"{place}  loss {total.item() / (step - begun):.4f}  {left}", flush=True)
+            total, since, begun = torch.zeros_like(total), time.monotonic(), step
 
 
 def predict(probes, split, states, decode, batch_size, workers=0, asked=(), pool=None):
@@ -435,7 +440,9 @@ def load_run(args, fingerprints):
     if run.get("format") == "ekd-probe-1":
         progress = run["progress"]
         progress["rates"] = [{"curve": progress.pop("curve"), "best": progress.pop("best")}]
-        run |= {"format": FORMAT, "probes": [run.pop("probe")]}
+        run |= {"format": "ekd-probe-2", "probes": [run.pop("probe")]}
+    if run.get("format") == "ekd-probe-2":
+        run |= {"format": FORMAT, "optimizers": _apart(run.pop("optimizer"))}
     if run.get("format") != FORMAT:
         raise ValueError(f"{args.out}: holds saves that are not a probe's; give --out another folder")
     check_settings(args.out, run["settings"], vars(args), FREE)
@@ -448,9 +455,20 @@ def load_run(args, fingerprints):
     return run
 
 
-def save_run(args, fingerprints, probes, optimizer, progress):
+def _apart(moments):
+    """The state of one Adam for several probes, each a group, as an Adam for each has it."""
+    apart = []
+    for group in moments["param_groups"]:
+        state = {place: moments["state"][old] for place, old in enumerate(group["params"]) if old in moments["state"]}
+        groups = [group | {"params": list(range(len(group["params"]))), "fused": True}]
+        apart.append({"state": state, "param_groups": groups})
+    return apart
+
+
+def save_run(args, fingerprints, probes, optimizers, progress):
     run = {"format": FORMAT, "settings": vars(args), "fingerprints": fingerprints, "progress": progress}
-    run |= {"probes": [probe.state_dict() for probe in probes], "optimizer": optimizer.state_dict()}
+    run |= {"probes": [probe.state_dict() for probe in probes]}
+    run["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     with processes.together():
         write_whole(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file), keep=2)
 

@@ -534,7 +534,7 @@ def test_a_rate_that_is_far_too_high_costs_the_others_nothing(corpus, tmp_path):
 def test_a_save_of_the_time_of_one_rate_goes_on(fbank, corpus, tmp_path):
     shutil.copytree(fbank[0], tmp_path / "out")
     run = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
-    run |= {"format": "ekd-probe-1", "probe": run.pop("probes")[0]}
+    run |= {"format": "ekd-probe-1", "probe": run.pop("probes")[0], "optimizer": run.pop("optimizers")[0]}
     run["progress"] |= run["progress"].pop("rates")[0]
     torch.save(run, tmp_path / "out" / "last.pt")
     os.remove(tmp_path / "out" / "result.json")

@@ -1,5 +1,7 @@
 """probe.py: the frozen upstream, and the training of the probe."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,31 @@ def test_the_probe_that_is_kept_is_that_of_the_lowest_score():
     probe.note_score(progress, 50, 0.45, model, higher_is_better=True)
     assert progress["best"]["step"] == 50 and progress["curve"].pop() == [50, 0.45]
     assert progress["curve"] == [[10, 0.5], [20, 0.3], [30, 0.4], [40, 0.3]]
+
+
+def test_one_optimizer_of_several_rates_goes_on_as_an_optimizer_for_each():
+    def adam(groups):
+        return torch.optim.Adam([{"params": list(one.parameters()), "lr": lr} for one, lr in groups], fused=True)
+
+    torch.manual_seed(0)
+    together = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    apart = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
+    one, x = adam(zip(together, (0.1, 0.01))), torch.randn(4, 3)
+
+    def step(networks, *optimizers):
+        sum(network(x).square().mean() for network in networks).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    for _ in range(3):
+        step(together, one)
+    for network, before in zip(apart, together):
+        network.load_state_dict(before.state_dict())
+    each = [adam([(network, 1.0)]) for network in apart]
+    for optimizer, moments in zip(each, probe._apart(copy.deepcopy(one.state_dict())), strict=True):
+        optimizer.load_state_dict(moments)
+    step(together, one)
+    step(apart, *each)
+    for network, expected in zip(apart, together):
+        assert torch.equal(network.weight, expected.weight) and torch.equal(network.bias, expected.bias)
