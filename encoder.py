@@ -143,15 +143,14 @@ class SpeechEncoder(nn.Module):
 
     def _where_padded(self, lengths, waveforms):
         """lengths on the waveforms' device, or None where they pad nothing. Raises ValueError where they do not fit."""
-        if not torch.is_tensor(lengths) or lengths.device.type == "cpu":
-            lengths = torch.as_tensor(lengths)
-            if lengths.shape != waveforms.shape[:1] or (lengths > waveforms.shape[1]).any():
-                raise ValueError(f"lengths {lengths.tolist()} do not fit waveforms of shape {tuple(waveforms.shape)}")
-            if (self.frames(lengths) < 1).any():
-                raise ValueError(f"lengths {lengths.tolist()}: an utterance is too short for one frame")
-            if (lengths == waveforms.shape[1]).all():
-                return None
-        return lengths.to(waveforms.device, non_blocking=True)
+        if torch.is_tensor(lengths) and lengths.device.type != "cpu":
+            return lengths.to(waveforms.device)
+        numbers, (batch, samples) = lengths.tolist() if torch.is_tensor(lengths) else list(lengths), waveforms.shape
+        if len(numbers) != batch or max(numbers) > samples:
+            raise ValueError(f"lengths {numbers} do not fit waveforms of shape {(batch, samples)}")
+        if min(map(self.frames, numbers)) < 1:
+            raise ValueError(f"lengths {numbers}: an utterance is too short for one frame")
+        return torch.tensor(numbers, device=waveforms.device) if min(numbers) < samples else None
 
     def position_bias(self, frames):
         """WavLM's relative position bias, (heads, query frames, key frames), the same for every layer before its gate.

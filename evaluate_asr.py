@@ -62,7 +62,7 @@ class SpecAugment(nn.Module):
         """x: (batch, frames, dim); frames: (batch,). Returns x, masked and warped."""
         if not self.training:
             return x
-        x = torch.stack([self.warp(one, int(length)) for one, length in zip(x, frames)])
+        x = torch.stack([self.warp(one, length) for one, length in zip(x, frames.tolist())])
         x = x.masked_fill(self.masks(x, x.shape[2], 4, 50)[:, None, :], 0)
         return x.masked_fill(self.masks(x, x.shape[1], 2, 40)[:, :, None], 0)
 
