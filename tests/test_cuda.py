@@ -103,6 +103,56 @@ def test_networks_run_on_a_gpu_without_a_look_at_it(cuda, name, precision, given
         assert all(state.dtype == torch.bfloat16 for state in states)
 
 
+def attention_of(cuda, monkeypatch, name, lengths, dtype=torch.bfloat16):
+    """(q, k, v, mask) of the first layer's attention."""
+    seen = []
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, attn_mask, dropout_p: seen.append((q, k, v, attn_mask)) or torch.empty_like(q),
+    )
+    on(cuda, lambda: SpeechEncoder(SIZES[name]), dtype)(torch.randn(3, 48000, device=cuda), lengths)
+    return seen[0]
+
+
+@pytest.mark.parametrize("lengths, masked", [(None, False), ([48000] * 3, False), (LENGTHS, True)])
+def test_flash_attention_can_serve_where_nothing_is_padded(cuda, monkeypatch, capfd, lengths, masked):
+    q, k, v, mask = attention_of(cuda, monkeypatch, "hubert", lengths)
+    assert (mask is not None) == masked
+    can = torch.backends.cuda.can_use_flash_attention(
+        torch.backends.cuda.SDPAParams(q, k, v, mask, 0.1, False, False), True
+    )
+    reasons = [line for line in capfd.readouterr().err.splitlines() if "Warning" in line]
+    if torch.cuda.is_available():
+        assert can != masked
+    else:  # torch says all that stands against it: without a mask, nothing but that there is no GPU
+        assert all("requires a CUDA device" in line or "attn_mask" in line for line in reasons)
+        assert any("attn_mask" in line for line in reasons) == masked
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+def test_wavlms_bias_is_in_the_precision_at_hand_and_needs_no_padding_by_attention(cuda, monkeypatch, lengths):
+    q, k, v, mask = attention_of(cuda, monkeypatch, "wavlm", lengths)
+    assert mask.shape == (3, 12, 149, 149) and mask.stride(-2) % 8 == 0 and mask.stride(-1) == 1
+    assert mask.dtype == q.dtype == torch.bfloat16
+
+
+def test_no_tensor_of_a_forward_pass_is_larger_than_the_first_convolutions_in_bf16(cuda):
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            self.bytes = max([self.bytes, *(one.nbytes for one in tree_leaves(found) if torch.is_tensor(one))])
+            return found
+
+    student = on(cuda, lambda: Student(student_config(SIZES["hubert"]), [("layer4", 768)])).train()
+    waveforms = torch.randn(2, 48000, device=cuda)
+    with Largest() as largest, autocast(True):
+        student(waveforms)
+    assert largest.bytes == 2 * 512 * ((48000 - 10) // 5 + 1) * 2
+
+
 @pytest.mark.parametrize("agg", aggregate.AGGREGATIONS)
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_step_runs_on_a_gpu_without_a_look_at_it(cuda, agg, silent):
