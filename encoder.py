@@ -131,7 +131,7 @@ class SpeechEncoder(nn.Module):
         if config.relative_buckets:
             bias = self.position_bias(x.shape[1])
         states = {0: x}
-        for number, layer in enumerate(self.layers[: max(layers, default=0)], start=1):
+        for number, layer in enumerate(self.layers[: max([0, *layers])], start=1):
             x = layer(x, attention_mask, bias)
             if number in layers:
                 states[number] = x

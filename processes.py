@@ -7,6 +7,7 @@ together; a signal lets the step in hand be saved; torchrun's restarts find each
 import argparse
 import contextlib
 import ctypes
+import datetime
 import os
 import signal
 import sys
@@ -16,6 +17,9 @@ import time
 # Ctrl-C while torch is imported is no traceback: for that long the system's own handler has it.
 _IN_MAIN_THREAD = threading.current_thread() is threading.main_thread()
 _BEFORE = signal.signal(signal.SIGINT, signal.SIG_DFL) if _IN_MAIN_THREAD else None
+
+# Batches of many lengths would break a GPU's memory into pieces.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -96,7 +100,9 @@ def begin():
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE)
+    # A process that died is torchrun's to notice; one that scans a network disk for hours is not dead.
+    patience = datetime.timedelta(days=1)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=patience)
 
 
 def end():
@@ -309,6 +315,8 @@ def device(anywhere=False):
     anywhere: the CPU will do where processes outnumber GPUs; otherwise that stops the program.
     """
     if enough_gpus():
+        # float32 is float32: torch's default is so for matrix products, not for convolutions.
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         torch.cuda.set_device(LOCAL_RANK)
         return torch.device("cuda", LOCAL_RANK)
     if torch.cuda.is_available() and not anywhere:
@@ -343,6 +351,7 @@ def precision(asked, device):
 def compile(*networks, backend="inductor"):
     """torch.compile in place: each network one graph for all lengths, and room for so many before dynamo falls back."""
     torch._dynamo.config.recompile_limit = 8 * len(networks)  # networks of one class count together
+    torch._dynamo.config.specialize_int = True  # the numbers of layers are none that vary
     for network in networks:
         network.compile(dynamic=True, backend=backend)
     if RANK == 0:

@@ -3,6 +3,8 @@
 Nothing is computed, but a tensor on the wrong device, or a value that the host reads from the device, raises.
 """
 
+import processes
+
 import contextlib
 import weakref
 
@@ -101,6 +103,32 @@ def test_networks_run_on_a_gpu_without_a_look_at_it(cuda, name, precision, given
     assert all(state.device == cuda for state in states)
     if precision == "bf16":
         assert all(state.dtype == torch.bfloat16 for state in states)
+
+
+def test_compiling_makes_a_few_graphs_and_none_more_for_other_lengths(monkeypatch):
+    """Teachers of different depth are one class: dynamo counts their graphs together, and past its limit falls back."""
+    small = dict(conv_layers=((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2, dim=16, ffn_dim=32, heads=2)
+    small |= dict(pos_kernel=8, pos_groups=2)
+    sizes = [(2, 0), (3, 0), (4, 320), (5, 320), (6, 0)]
+    teachers = [SpeechEncoder(EncoderConfig(**small, layers=n, relative_buckets=b)).eval() for n, b in sizes]
+    student, graphs = Student(student_config(teachers[0].config), [("layer1", 16)]).train(), []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
+    processes.compile(*teachers, student, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    def step(samples):
+        with torch.no_grad():
+            states = [teacher(torch.randn(2, samples), layers=[1, 2]) for teacher in teachers]
+        student(torch.randn(2, samples))[0].sum().backward()
+        return states
+
+    step(6400)
+    first = len(graphs)
+    for samples in range(9600, 60000, 3200):  # an epoch of LibriSpeech has some 72 lengths
+        found = step(samples)
+    assert len(graphs) == first == len(teachers) + 1  # a whole graph each: nothing falls back
+    assert torch._dynamo.config.recompile_limit >= 8 * len(teachers)
+    for teacher, states in zip(teachers, found):
+        assert states[0].shape == (2, teacher.frames(samples), 16)
 
 
 def attention_of(cuda, monkeypatch, name, lengths, dtype=torch.bfloat16):
