@@ -47,7 +47,7 @@ def parse(arguments=None):
     parser = processes.parser(__doc__.split("\n")[0])
     add = parser.add_argument
     # fmt: off
-    add("--seconds", type=_seconds, default="8.0,7.6,7.1,6.5", help="lengths of the utterances of a process's batch")
+    add("--seconds", type=_seconds, default=argparse.SUPPRESS, help="lengths of the utterances of a process's batch (default: 8.0,7.6,7.1,6.5; on a GPU 24 of 12 to 15 s)")
     add("--heads", type=_layers, default="4,8,12", help="layers of Base to predict, counted from 1")
     add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="aggregation of the teachers' states")
     add("--steps", type=processes.count, default=5, help="steps that are timed, after two that are not")
@@ -55,6 +55,7 @@ def parse(arguments=None):
     add("--compile", action="store_true", help="torch.compile teachers and student")
     add("--cache", action="store_true", help="time the step with kept targets too, in turn with ours (train.py --cache)")
     add("--peer", action="store_true", help="time the step as transformers' models do it too, in float32 on the padded batch, in turn with ours (needs transformers)")
+    add("--peer-precision", choices=["fp32", "bf16"], default="fp32", help="transformers in float32, or under autocast")
     add("--loader", action="store_true", help="time data.py alone instead, on --data")
     add("--data", default="data/LibriSpeech", help="for --loader: folder of audio, or a fairseq manifest (.tsv)")
     add("--splits", type=processes.names, default="train-clean-100", help="for --loader: sub-folders of --data")
@@ -136,17 +137,18 @@ class Ours:
     def compile(self):
         processes.compile(*self.teachers, self.student)
 
-    def keep_targets(self, batches):
-        """Keeps the targets of the whole corpus in memory, and has its own loader for steps with them."""
+    def keep_targets(self, batches, folder):
+        """Keeps the targets of the whole corpus in files, and has its own loader for steps with them. Returns its items."""
         dims = [head[-1].out_features for head in self.student.heads]
         layers = [self.layers] * len(self.teachers)
         ensemble = Ensemble(self.teachers, layers, self.targets_of, dims, self.device)
         states = States(ensemble, batches.corpus)
-        states.keep(None, "the teachers", 1)
+        states.keep(folder, "the teachers", 1)
         batches = data.Batches(batches.corpus, batches.batch_size, batches.max_samples, grid=ensemble.hop)
         items = WithTargets(batches, states.kept, ensemble.field)
         self.kept_loader = data.load_batches(items, 0, 10**9, self.workers, pin_memory=self.device.type == "cuda")
         self.dims = dims
+        return items
 
     def step(self, clock=None, kept=False):
         """One step, with kept targets or with the teachers; returns the seconds of audio in it."""
@@ -178,7 +180,7 @@ class Ours:
 
 
 class Peer:
-    """The same step as it is usually written: transformers' models, everything in float32, shorter utterances padded."""
+    """The same step as it is usually written: transformers' models, shorter utterances padded."""
 
     def __init__(self, args, device):
         from transformers import HubertConfig, HubertModel, WavLMConfig, WavLMModel
@@ -194,6 +196,8 @@ class Peer:
         self.student = torch.nn.ModuleDict({"encoder": encoder, "heads": torch.nn.ModuleList(heads)}).train().to(device)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=2e-4)
         self.targets_of, self.layers = aggregate.AGGREGATIONS[args.agg], args.heads
+        bf16 = args.peer_precision == "bf16"
+        self.autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
         lengths = [int(seconds * data.SAMPLE_RATE) for seconds in args.seconds]
         self.audio = sum(lengths) / data.SAMPLE_RATE
         self.mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long().to(device)
@@ -203,14 +207,16 @@ class Peer:
 
     def step(self):
         """One step; returns the seconds of audio in it, padding apart."""
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast():
             states = []
             for teacher in self.teachers:
                 found = teacher(self.waves, attention_mask=self.mask, output_hidden_states=True).hidden_states
                 states.append([found[layer] for layer in self.layers])
             targets = self.targets_of(states)
-        last = self.student["encoder"](self.waves, attention_mask=self.mask).last_hidden_state
-        loss, _, _ = distillation_loss([head(last) for head in self.student["heads"]], targets, self.valid)
+        with self.autocast():
+            last = self.student["encoder"](self.waves, attention_mask=self.mask).last_hidden_state
+            predictions = [head(last) for head in self.student["heads"]]
+        loss, _, _ = distillation_loss(predictions, targets, self.valid)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 5.0)
         self.optimizer.step()
@@ -291,7 +297,8 @@ def time_steps(args, device):
             peer.step()
 
         if args.cache:
-            ours.keep_targets(batches)
+            items = ours.keep_targets(batches, os.path.join(folder, "targets"))
+            target_bytes = read_targets(items, args.workers)
             for _ in range(2):
                 ours.step(kept=True)
         clock, limits, steps, kept_steps, peer_steps = Clock(device), [], [], [], []
@@ -314,11 +321,21 @@ def time_steps(args, device):
     if args.cache:
         kept_seconds = statistics.median(spent for spent, _ in kept_steps)
         figures |= {"kept_seconds_per_step": kept_seconds, "kept_ratio": seconds / kept_seconds}
+        figures["target_bytes_per_second"] = target_bytes
     if peer:
         peer_seconds = statistics.median(spent for spent, _ in peer_steps)
         figures["peer_audio_per_second"] = peer_steps[0][1] / peer_seconds
         figures["ratio_to_peer"] = figures["audio_per_second"] / figures["peer_audio_per_second"]
     return figures
+
+
+def read_targets(items, workers, count=100):
+    """Bytes of targets a second and worker that the loader brings of kept files, from the page cache, audio beside them."""
+    loader = data.load_batches(items, 0, count, workers)
+    next(loader)  # the processes are up
+    started = time.perf_counter()
+    read = sum(item["targets"].nbytes for item in loader)
+    return read / (time.perf_counter() - started) / max(1, workers)
 
 
 def write_profile(ours, path):
@@ -386,14 +403,21 @@ def show_steps(args, figures, device):
     print(f"batch: {count} utterances, {sum(args.seconds) * WORLD_SIZE:.1f} s of speech, cut to {audio:.1f} s\n")
     rows = [("speech a second", f"{f['audio_per_second']:.3g} s"), ("a step", f"{f['seconds_per_step']:.3g} s")]
     rows += [(f"  {part}", f"{share:.1%}") for part, share in f["shares"].items()]
+    rows += [("200,000 such steps", f"{f['seconds_per_step'] * 200_000 / 3600:,.0f} hours")]
     rows += [("peak memory", f"{f['peak_memory_bytes'] / 1e9:.1f} GB a process")]
     rows += [("a step's FLOPs", f"{f['flops_per_step']:.3g}"), ("FLOPs a second", f"{f['flops_per_second']:.3g}")]
     rows += [("the limit", f"{f['limit_flops_per_second']:.3g}, a matrix product in {f['precision']}")]
     rows += [("share of the limit", f"{f['share_of_limit']:.1%}")]
     if args.cache:
         rows += [("a step, targets kept", f"{f['kept_seconds_per_step']:.3g} s, {f['kept_ratio']:.2f} times as fast")]
+        rows += [
+            (
+                "reading targets",
+                f"{f['target_bytes_per_second'] / 1e6:,.0f} MB a second and worker, from the page cache",
+            )
+        ]
     if args.peer:
-        rows += [("transformers, fp32", f"{f['peer_audio_per_second']:.3g} s of speech a second")]
+        rows += [(f"transformers, {args.peer_precision}", f"{f['peer_audio_per_second']:.3g} s of speech a second")]
         rows += [("ours to that", f"{f['ratio_to_peer']:.2f} times")]
     for name, value in rows:
         print(f"  {name:22}{value}")
@@ -427,6 +451,8 @@ def main(arguments=None):
                 raise FileNotFoundError(f"{args.profile}: no such folder; make it first")
             open(args.profile, "ab").close()  # torch.profiler says nothing where it cannot write
     device = processes.device()
+    if not hasattr(args, "seconds"):  # on a GPU train.py's batch
+        args.seconds = np.linspace(15, 12, 24).tolist() if device.type == "cuda" else [8.0, 7.6, 7.1, 6.5]
     if args.loader:
         with processes.together():
             figures = time_loader(args)
