@@ -1,6 +1,7 @@
 """What runs say: a line of progress and its metrics, a result with its interval, and a table over many results.
 
-    python report.py runs/*/pr runs/*/sid runs/*/er runs/*/asr
+    python report.py runs/*/pr runs/*/sid runs/*/er runs/*/asr --to results.md --picture results.svg
+    python report.py runs/avg runs/concat --curves loss.svg
 
 README's promises kept here: an interval beside every score; every file that is left out is named once and counted.
 """
@@ -8,17 +9,23 @@ README's promises kept here: an interval beside every score; every file that is 
 import processes
 from processes import RANK, WORLD_SIZE
 
+import argparse
+import contextlib
+import csv
 import functools
+import io
 import json
 import os
+import re
 import sys
 import time
 
 import numpy as np
 import torch
+import torchaudio
 
 import data
-from safe_files import write_text
+from safe_files import write_text, write_whole
 
 # ---------------------------------------------------------------- while a run goes on
 
@@ -237,48 +244,380 @@ TASKS = {
 }
 
 
-def table(folders):
-    """Lines of a table of the result.json in the folders: upstreams by tasks, laid out as in the paper.
+def read_rows(folders):
+    """{row: {(task, metric): {seed: a run}}} of the results in the folders, rows in the order in which they come.
 
-    An upstream is known by its digest, wherever it lay. Raises FileNotFoundError and ValueError.
+    ROW/seed-N/TASK is one seed of a row; of other folders a row is the upstream, known by its digest wherever it lay.
+    A run is a dict: "result", what result.json says; "folder". Raises FileNotFoundError and ValueError.
     """
-    scores, paths = {}, {}
+    rows, names = {}, {}
     for folder in folders:
         path = os.path.join(folder, "result.json")
         try:
             with open(path, encoding="utf-8") as file:
                 result = json.load(file)
-            metric, (low, high) = result["metric"], result["interval"]
-            cell = f"{result[metric.lower()]:.2%} ({low:.2%} to {high:.2%})"
-            upstream, task = result["upstream"]["digest"], (TASKS[result["task"]], metric)
-            name = paths.setdefault(upstream, result["upstream"]["path"])
+            task = TASKS[result["task"]], result["metric"]
+            low, high = result["interval"]
+            _ = result[task[1].lower()] + low + high
+            digest, upstream = result["upstream"]["digest"], result["upstream"]["path"]
         except (FileNotFoundError, NotADirectoryError):
             raise FileNotFoundError(f"{path}: no such result; give folders that an evaluate_*.py wrote") from None
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: not the result of an evaluate_*.py") from None
-        if task in scores.setdefault(upstream, {}):
-            raise ValueError(f"{path}: a second {task[0]} of {name}; give one")
-        scores[upstream][task] = cell
+        above, seed = os.path.split(os.path.dirname(os.path.normpath(folder)))
+        if re.fullmatch("seed-[0-9]+", seed):
+            row = os.path.basename(above)
+        else:
+            row, seed = digest, ""
+            names.setdefault(digest, upstream)
+        runs = rows.setdefault(row, {}).setdefault(task, {})
+        if seed in runs:
+            raise ValueError(f"{path}: a second {task[0]} of {names.get(row, f'{row}/{seed}')}; give one")
+        runs[seed] = {"result": result, "folder": folder}
+    many = {name for name in names.values() if list(names.values()).count(name) > 1}
+    called = {row: f"{names[row]} ({row[:6]})" if names.get(row) in many else names.get(row, row) for row in rows}
+    return {called[row]: tasks for row, tasks in rows.items()}
+
+
+def errors(folder, result):
+    """[(parts, totals), ...] of a result, one pair for each fold, from its test.ref and test.hyp: (utterances,) each.
+
+    The score is the mean over folds of sum(parts) / sum(totals).
+    """
+    lines = {}
+    for name in ("ref", "hyp"):
+        with open(os.path.join(folder, f"test.{name}"), encoding="utf-8") as file:
+            lines[name] = file.read().splitlines()
+    if result["metric"] == "accuracy":  # a name may have spaces; it is the same in both
+        parts = np.array([a == b for a, b in zip(lines["ref"], lines["hyp"], strict=True)], float)
+        totals = np.ones(len(parts))
+    else:
+        said = {name: [line.split()[1:] for line in text] for name, text in lines.items()}
+        distance = torchaudio.functional.edit_distance
+        parts = np.array([distance(a, b) for a, b in zip(said["ref"], said["hyp"], strict=True)], float)
+        totals = np.array([len(reference) for reference in said["ref"]], float)
+    ends = np.cumsum([len(names) for names in result.get("held_out", {"": lines["ref"]}).values()])[:-1]
+    return list(zip(np.split(parts, ends), np.split(totals, ends)))
+
+
+def summarise(rows, against=None, resamples=4000):
+    """{row: {(task, metric): summary}}: mean over seeds, and intervals over utterances and seeds.
+
+    A summary has "score", "interval" and "seeds"; with `against`, the row that the others are compared with, also
+    "difference" and "difference_interval", paired: the same utterances and seeds are drawn for both. Both kinds of 95%
+    interval are bootstraps: utterances and, where there are several, seeds are drawn anew with replacement.
+    Raises ValueError where there is no such row, or two rows of a task have other test sets.
+    """
+    if against is not None and against not in rows:
+        raise ValueError(f"--against {against}: no such row; there are {', '.join(rows)}")
+    summaries = {row: {} for row in rows}
+    for task in tasks_of(rows):
+        rng, weights, drawn, size = np.random.default_rng(0), None, {}, None
+        of_seeds = {}  # how often each of n seeds is drawn, by n
+        for row, runs in ((row, tasks[task]) for row, tasks in rows.items() if task in tasks):
+            results = [run["result"] for run in runs.values()]
+            mine = {"score": float(np.mean([r[task[1].lower()] for r in results])), "seeds": len(results)}
+            mine["interval"] = results[0]["interval"]
+            summaries[row][task] = mine
+            if len(runs) == 1 and against is None:
+                continue
+            folds = [errors(run["folder"], run["result"]) for run in runs.values()]  # [seed][fold]
+            if size is None:
+                size = [totals.tolist() for _, totals in folds[0]]
+                weights = [
+                    rng.multinomial(len(t), np.ones(len(t)) / len(t), resamples).astype(np.float32) for t in size
+                ]
+            if any([totals.tolist() for _, totals in seed] != size for seed in folds):
+                raise ValueError(f"{row}: its {task[0]} was tested on other utterances than the rows above")
+            count = len(folds)
+            of_seeds.setdefault(count, rng.multinomial(count, np.ones(count) / count, resamples) / count)
+            by_seed = [np.mean([(w @ p) / (w @ t) for w, (p, t) in zip(weights, seed)], axis=0) for seed in folds]
+            drawn[row] = (of_seeds[count] * np.array(by_seed).T).sum(axis=1)
+            if count > 1:
+                mine["interval"] = np.percentile(drawn[row], [2.5, 97.5]).tolist()
+        for row in drawn if against in drawn else ():
+            if row != against:
+                mine, other = summaries[row][task], summaries[against][task]
+                mine["difference"] = mine["score"] - other["score"]
+                edges = np.percentile(drawn[row] - drawn[against], [2.5, 97.5])
+                mine["difference_interval"] = edges.tolist()
+    return summaries
+
+
+def tasks_of(rows):
+    """The (task, metric) that some row has, in the paper's order."""
     order = list(TASKS.values())
-    tasks = sorted({task for row in scores.values() for task in row}, key=lambda task: order.index(task[0]))
-    arrows = {"accuracy": "up"}
-    head = ["upstream", *(f"{task} ({metric}, {arrows.get(metric, 'down')})" for task, metric in tasks)]
-    many = {upstream for upstream, path in paths.items() if list(paths.values()).count(path) > 1}
-    rows = [head]
-    for upstream, row in scores.items():
-        name = f"{paths[upstream]} ({upstream[:6]})" if upstream in many else paths[upstream]
-        rows.append([name, *(row.get(task, "-") for task in tasks)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return sorted({task for tasks in rows.values() for task in tasks}, key=lambda task: order.index(task[0]))
+
+
+def heading(task):
+    return f"{task[0]} ({task[1]}, {'up' if task[1] == 'accuracy' else 'down'})"
+
+
+def best_row(summaries, task):
+    have = [row for row, tasks in summaries.items() if task in tasks]
+    return (max if task[1] == "accuracy" else min)(have, key=lambda row: summaries[row][task]["score"])
+
+
+def costs(tasks):
+    """(weights of the upstream in millions, seconds of its distillation, seconds of judging it), means over seeds, "-"
+    where the runs do not say."""
+    runs = [run for seeds in tasks.values() for run in seeds.values()]
+    weights = {run["result"]["upstream"].get("parameters") for run in runs}
+    judged = sum(
+        np.mean([sum(run["result"].get("seconds", {}).values()) for run in s.values()]) for s in tasks.values()
+    )
+    distilled = []
+    for seed in {os.path.dirname(os.path.normpath(run["folder"])) for run in runs}:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            with open(os.path.join(seed, "metrics.jsonl"), encoding="utf-8") as file:
+                distilled.append(sum(json.loads(line)["seconds"] for line in file))
+    million = f"{weights.pop() / 1e6:.2f}" if len(weights) == 1 and None not in weights else "-"
+    return million, f"{np.mean(distilled):.0f}" if distilled else "-", f"{judged:.0f}"
+
+
+def table(rows, summaries):
+    """Lines of a table: rows by tasks, with their intervals, laid out as in the paper."""
+    tasks = tasks_of(rows)
+    cells = [["upstream", *map(heading, tasks), "million weights", "s to distil", "s to judge"]]
+    for row, mine in summaries.items():
+        found = []
+        for task in tasks:
+            if task in mine:
+                (low, high), seeds = mine[task]["interval"], mine[task]["seeds"]
+                several = f", {seeds} seeds" if seeds > 1 else ""
+                found.append(f"{mine[task]['score']:.2%} ({low:.2%} to {high:.2%}{several})")
+            else:
+                found.append("-")
+        cells.append([row, *found, *costs(rows[row])])
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
+def markdown(rows, summaries, against=None):
+    """The table in Markdown, in percent, the best of each task bold; then the differences from the row `against`, those
+    whose interval leaves zero out bold."""
+    tasks = tasks_of(rows)
+    best = {task: best_row(summaries, task) for task in tasks}
+    head = ["", *map(heading, tasks), "million weights", "s to distil", "s to judge"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+
+    def cell(score, interval, bold):
+        text = f"{100 * score:.1f}"
+        return f"{f'**{text}**' if bold else text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
+
+    for row, mine in summaries.items():
+        found = [cell(mine[t]["score"], mine[t]["interval"], best[t] == row) if t in mine else "-" for t in tasks]
+        lines.append(f"| {' | '.join([row, *found, *costs(rows[row])])} |")
+    seeds = sorted({one["seeds"] for mine in summaries.values() for one in mine.values()})
+    lines += [
+        "",
+        f"Percent, means over {' to '.join(map(str, seeds))} seeds, with 95% intervals over utterances and seeds.",
+    ]
+    if against:
+        lines += ["", f"| less {against} | {' | '.join(map(heading, tasks))} |", "|---" * (len(tasks) + 1) + "|"]
+        for row, mine in summaries.items():
+            found = []
+            for task in tasks if row != against else ():
+                if "difference" not in mine.get(task, {}):
+                    found.append("-")
+                    continue
+                low, high = mine[task]["difference_interval"]
+                found.append(cell(mine[task]["difference"], (low, high), low > 0 or high < 0))
+            if found:
+                lines.append(f"| {row} | {' | '.join(found)} |")
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(rows, summaries):
+    """One line a row and task, for other programs; scores and differences are fractions."""
+    head = ["row", "task", "metric", "seeds", "score", "low", "high", "difference", "difference_low", "difference_high"]
+    lines = [[*head, "million_weights", "seconds_to_distil", "seconds_to_judge"]]
+    for row, mine in summaries.items():
+        for task in tasks_of(rows):
+            if task in mine:
+                one = mine[task]
+                difference = [one.get("difference", ""), *one.get("difference_interval", ["", ""])]
+                lines.append([row, *task, one["seeds"], one["score"], *one["interval"], *difference, *costs(rows[row])])
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue()
+
+
+# ---------------------------------------------------------------- pictures
+
+INK, PAPER, FAINT = "#1f2328", "#ffffff", "#d0d7de"  # and what they become on a dark page
+DARK = {INK: "#e6edf3", PAPER: "#161b22", FAINT: "#3d444d"}
+
+
+def find_matplotlib(flag):
+    """matplotlib, drawing without a screen. Raises ValueError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError(f"{flag} needs a package that is not there: pip install matplotlib") from None
+    matplotlib.use("agg")
+    matplotlib.rcParams.update(
+        {"svg.fonttype": "none", "svg.hashsalt": "ekd", "font.family": "sans-serif", "font.size": 9}
+    )
+    for name in ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"):
+        matplotlib.rcParams[name] = INK
+    matplotlib.rcParams.update({"axes.edgecolor": FAINT, "figure.facecolor": PAPER, "axes.facecolor": PAPER})
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot
+
+
+def write_picture(figure, path):
+    """A figure, in the form that the path's ending says; an .svg turns dark on a dark page."""
+    form = os.path.splitext(path)[1][1:] or "svg"
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=form, bbox_inches="tight", metadata={"Date": None} if form == "svg" else None)
+    content = drawn.getvalue()
+    if form == "svg":
+        rules = "".join(
+            f'[style*="{kind}: {light}"] {{ {kind}: {dark} !important }}'
+            for light, dark in DARK.items()
+            for kind in ("fill", "stroke")
+        )
+        content = content.replace(
+            b"<defs>", f"<style>@media (prefers-color-scheme: dark) {{ {rules} }}</style><defs>".encode(), 1
+        )
+    write_whole(path, lambda file: file.write(content))
+
+
+def draw_scores(rows, summaries, path):
+    """A panel a task, a line a row: its score as a dot on its 95% interval, the best one filled."""
+    plt, tasks = find_matplotlib("--picture"), tasks_of(rows)
+    names = list(summaries)
+    figure, panels = plt.subplots(
+        1, len(tasks), sharey=True, squeeze=False, figsize=(1.6 + 2.1 * len(tasks), 0.9 + 0.24 * len(names))
+    )
+    for task, panel in zip(tasks, panels[0]):
+        best = best_row(summaries, task)
+        for place, row in enumerate(names):
+            if task in summaries[row]:
+                mine = summaries[row][task]
+                panel.plot([100 * edge for edge in mine["interval"]], [place] * 2, color="#6b8fc4", linewidth=2)
+                face = "#1f6feb" if row == best else PAPER
+                panel.plot(100 * mine["score"], place, "o", color="#1f6feb", markerfacecolor=face, markersize=5)
+        panel.set_title(f"{heading(task)[:-1]}, %)".replace(", down", " ↓").replace(", up", " ↑"), fontsize=9)
+        panel.grid(axis="x", color=FAINT, linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(length=0)
+    panels[0][0].set_yticks(range(len(names)), names)
+    panels[0][0].invert_yaxis()
+    figure.tight_layout(w_pad=1.5)
+    write_picture(figure, path)
+    plt.close(figure)
+
+
+def draw_layers(rows, path):
+    """A panel a task: the learned weight of every hidden state, rows by states, means over seeds; each row's sum is 1."""
+    plt, tasks = find_matplotlib("--layers"), tasks_of(rows)
+    names, found, last = list(rows), {}, 0
+    for row, task in ((row, task) for row in names for task in tasks if task in rows[row]):
+        results = [run["result"] for run in rows[row][task].values()]
+        weights = np.mean([result["layer_weights"] for result in results], axis=0)
+        layers = results[0]["upstream"].get("layers", range(len(weights)))
+        found[row, task], last = dict(zip(layers, weights)), max(last, *layers)
+    size = (1.8 + len(tasks) * (0.5 + 0.16 * (last + 1)), 1.0 + 0.24 * len(names))
+    figure, panels = plt.subplots(1, len(tasks), sharey=True, squeeze=False, figsize=size)
+    for task, panel in zip(tasks, panels[0]):
+        grid = np.full((len(names), last + 1), np.nan)
+        for place, row in enumerate(names):
+            for layer, weight in found.get((row, task), {}).items():
+                grid[place, layer] = weight
+        shown = panel.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        panel.set_title(task[0], fontsize=9)
+        panel.set_xlabel("hidden state")
+        panel.set_xticks(range(0, last + 1, 1 if last < 8 else 4))
+        panel.spines[:].set_visible(False)
+        panel.tick_params(length=0)
+    panels[0][0].set_yticks(range(len(names)), names)
+    figure.tight_layout(w_pad=1.0)
+    bar = figure.colorbar(shown, ax=panels, fraction=0.03, pad=0.02)
+    bar.outline.set_visible(False)
+    write_picture(figure, path)
+    plt.close(figure)
+
+
+def draw_curves(runs, path):
+    """A panel a run of train.py: the loss of each head, L1 plus cosine, over steps. Raises FileNotFoundError, ValueError."""
+    plt, curves = find_matplotlib("--curves"), {}
+    for run in runs:
+        where = os.path.join(run, "metrics.jsonl")
+        if not os.path.exists(where):
+            raise FileNotFoundError(f"{where}: no such file; --curves takes folders of train.py's runs")
+        with open(where, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if np.isfinite(_step_of(line))]
+        if not lines:
+            raise ValueError(f"{where}: no line of metrics yet")
+        heads = [name.removeprefix("l1/") for name in lines[0] if name.startswith("l1/")]
+        curves[run] = {h: [(m["step"], m[f"l1/{h}"] + m[f"cosine/{h}"]) for m in lines] for h in heads}
+    figure, panels = plt.subplots(1, len(runs), sharey=True, squeeze=False, figsize=(1 + 2.6 * len(runs), 2.8))
+    for (run, heads), panel in zip(curves.items(), panels[0]):
+        for number, (head, points) in enumerate(heads.items()):
+            style = ("-", "--", ":", "-.")[number % 4]
+            panel.plot(
+                *zip(*points), style, label=head, linewidth=1.3, color=plt.cm.viridis(0.1 + 0.7 * number / len(heads))
+            )
+        panel.set_title(os.path.relpath(run), fontsize=9)
+        panel.set_xlabel("step")
+        panel.grid(color=FAINT, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
+    panels[0][0].set_ylabel("loss of a head")
+    figure.tight_layout()
+    write_picture(figure, path)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------- the program
+
+
+def _picture(text):
+    if os.path.splitext(text)[1] not in (".svg", ".png", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text}: must end in .svg, .png or .pdf")
+    return text
+
+
+def _tables(text):
+    paths = processes.names(text)
+    for path in paths:
+        if os.path.splitext(path)[1] not in (".md", ".csv"):
+            raise argparse.ArgumentTypeError(f"{path}: must end in .md or .csv")
+    return paths
+
+
 def main(arguments=None):
-    parser = processes.parser("A table of results: upstreams by tasks, with 95% intervals.")
-    parser.add_argument("folders", nargs="+", metavar="FOLDER", help="folders with a result.json, such as runs/*/pr")
+    parser = processes.parser("A table of results: upstreams by tasks, with 95% intervals; and pictures.")
+    add = parser.add_argument
+    # fmt: off
+    add("folders", nargs="+", metavar="FOLDER", help="folders with a result.json, such as runs/*/pr; ROW/seed-N/TASK are seeds of one row. For --curves, runs of train.py")
+    add("--against", metavar="ROW", help="a row that the others are compared with, utterance by utterance")
+    add("--to", type=_tables, default=[], metavar="FILE", help="write the table there too: a .md, a .csv, or both with a comma")
+    add("--picture", type=_picture, metavar="FILE", help="draw every row's score and interval in each task (.svg, .png, .pdf; needs matplotlib)")
+    add("--layers", type=_picture, metavar="FILE", help="draw the learned weight of every hidden state, rows by tasks")
+    add("--curves", type=_picture, metavar="FILE", help="draw the loss of each head over steps, of runs of train.py")
+    # fmt: on
     args = parser.parse_args(arguments)
     with processes.together():
-        print("\n".join(table(args.folders)))
+        if args.curves:
+            draw_curves(args.folders, args.curves)
+            return
+        rows = read_rows(args.folders)
+        summaries = summarise(rows, args.against)
+        print("\n".join(table(rows, summaries)))
+        for path in args.to:
+            text = markdown(rows, summaries, args.against) if path.endswith(".md") else comma_separated(rows, summaries)
+            write_text(path, text)
+        if args.picture:
+            draw_scores(rows, summaries, args.picture)
+        if args.layers:
+            draw_layers(rows, args.layers)
 
 
 if __name__ == "__main__":

@@ -142,20 +142,22 @@ left[distil]=$((${#students[@]} * seeds))
 for task in $TASKS; do left[$task]=$((rows * seeds)); done
 echo "students, each with seed $SEEDS: ${students[*]}"
 echo "also judged: the teachers, filter banks; on $TASKS; ${left[distil]} distillations and $((rows * seeds)) probes of each task"
-trial=$OUT/logs/trial
-if [ ! -e "$trial/finished" ]; then                  # how fast this machine is, from a few real steps
-    distil "$trial" --teachers "$TEACHERS" --steps 4 --log-every 1 --save-every 4 >"$trial.log" 2>&1 ||
-        { echo "a trial of 4 steps failed: $(tail -n 1 "$trial.log")" >&2; exit 2; }
-    du -sk "$trial" | cut -f 1 >"$trial/kilobytes"
-fi
-python - "$trial" "${left[distil]}" "$STEPS" <<'PYTHON'
+if [ ! -e "$OUT/expected" ]; then                    # how fast this machine is, from a few real steps
+    trial=$(mktemp -d "$OUT/logs/trial.XXXXXX")
+    if ! distil "$trial" --teachers "$TEACHERS" --steps 4 --log-every 1 --save-every 2 >"$trial.log" 2>&1; then
+        echo "a trial of 4 steps failed: $(tail -n 1 "$trial.log")" >&2
+        exit 2
+    fi
+    python - "$trial" "$STEPS" "$(du -sk "$trial" | cut -f 1)" >"$OUT/expected" <<'PYTHON'
 import json, sys
-folder, runs, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-lines = [json.loads(line) for line in open(f"{folder}/metrics.jsonl")][1:]
-hours, disk = sum(line["seconds"] for line in lines) / len(lines) * steps / 3600, int(open(f"{folder}/kilobytes").read())
-print(f"expected: {hours * runs:.3g} hours of distillation without CACHE ({hours:.3g} a student of all teachers), "
-      f"{disk * runs / 1e6:.3g} GB of students and saves; a task's hours are said once one of its probes is done")
+with open(f"{sys.argv[1]}/metrics.jsonl") as file:
+    seconds = [json.loads(line)["seconds"] for line in file][1:]
+hours, gigabytes = sum(seconds) / len(seconds) * int(sys.argv[2]) / 3600, int(sys.argv[3]) / 1e6
+print(f"a student of all teachers: {hours:.3g} hours without CACHE, {gigabytes:.3g} GB with its saves")
 PYTHON
+    rm -r "$trial"
+fi
+echo "expected: $(<"$OUT/expected"), and ${left[distil]} students; a task's hours are said once one of its probes is done"
 
 # ---------------------------------------------------------------- all of it
 
@@ -176,8 +178,17 @@ for ((i = 0; i < ${#students[@]}; i++)); do
     [ -z "$CACHE" ] || rm -rf "$CACHE/$row"
 done
 
-python "$here/report.py" "$OUT"/*/seed-*/{pr,sid,er,asr} --against avg \
-    --to "$OUT/results.md,$OUT/results.csv" --picture "$OUT/results.svg" || failed+=("report.py")
+results=()
+for row in fbank "${teachers[@]/#/teacher:}" "${students[@]}"; do
+    [[ $row == teacher:* ]] && row=teacher-$(name "${row#teacher:}")
+    for task in pr sid er asr; do
+        for result in "$OUT/$row"/seed-*/$task/result.json; do
+            [ -e "$result" ] && results+=("$(dirname "$result")")
+        done
+    done
+done
+python "$here/report.py" "${results[@]}" --against avg --to "$OUT/results.md,$OUT/results.csv" \
+    --picture "$OUT/results.svg" --layers "$OUT/layers.svg" || failed+=("report.py")
 if ((${#failed[@]})); then
     echo "failed, with a log in $OUT/logs: ${failed[*]}; the same command tries them again" >&2
     exit 1

@@ -1,6 +1,5 @@
 """What a user can count on: each fault is injected into the real thing, and what must hold is checked."""
 
-import ctypes
 import dataclasses
 import io
 import json
@@ -21,7 +20,19 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import ROOT, SMALL, environment, flags_of, metrics, on_cpu, random_encoder, refused, run, write_audio
+from conftest import (
+    ROOT,
+    SMALL,
+    environment,
+    flags_of,
+    metrics,
+    obey_permissions,
+    on_cpu,
+    random_encoder,
+    refused,
+    run,
+    write_audio,
+)
 
 import data
 import evaluate_pr
@@ -274,12 +285,6 @@ def test_a_damaged_save_of_an_evaluation_gives_way_to_the_one_before(corpus, tmp
     assert captured.err.count("\n") == 1 and "last.pt: damaged" in captured.err and "last.1.pt, step 6" in captured.err
     found, expected = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("out", "whole"))
     assert {**found, "seconds": 0, "settings": 0} == {**expected, "seconds": 0, "settings": 0}
-
-
-def obey_permissions():
-    """In a new process: root's right to write where nobody may is given up."""
-    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import (
@@ -19,6 +20,7 @@ from conftest import (
     flags_of,
     metrics,
     noise,
+    obey_permissions,
     on_cpu,
     random_encoder,
     refused,
@@ -244,6 +246,92 @@ def test_a_disk_that_fills_up_while_targets_are_computed_costs_none_that_are_kep
     monkeypatch.setattr(states, "write_whole", lambda *a: written.append(a[0]) or write(*a))
     distil(job, tmp_path / "out", cache=tmp_path / "cache", steps=2)
     assert len(written) == len(set(written)) == 4  # 30 utterances; the first two blocks were not made again
+
+
+@pytest.mark.parametrize("damage", ["flipped", "foreign"])
+def test_a_damaged_file_of_targets_is_noticed_and_its_utterances_weigh_nothing(
+    job, tmp_path, capfd, monkeypatch, damage
+):
+    monkeypatch.setattr(states, "BLOCK", 15)
+    monkeypatch.setattr(data, "check_left_out", lambda *_: None)  # one file is half of this corpus
+    settings = dict(cache=tmp_path / "cache", steps=6)
+    expected = distil(job, tmp_path / "whole", **settings)
+    (folder,) = (tmp_path / "cache").glob("targets-*")
+    content = bytearray((folder / "00001").read_bytes())
+    content[100] ^= 1
+    if damage == "foreign":
+        content = np.random.default_rng(0).bytes(len(content))
+    (folder / "00001").write_bytes(content)
+    distil(job, tmp_path / "damaged", **settings)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "its targets" in line]
+    assert 1 <= len(warnings) <= (1 if damage == "flipped" else 15)
+    assert all(f"{folder / '00001'}: damaged; delete it" in line for line in warnings)
+    assert metrics(tmp_path / "damaged")[-1]["left_out"] == len(warnings)
+    (folder / "00001").unlink()
+    again = distil(job, tmp_path / "again", **settings)
+    assert all(torch.equal(again[name], weight) for name, weight in expected.items())
+
+
+def test_a_run_that_finds_its_targets_loads_no_teacher(job, tmp_path, monkeypatch):
+    for name in ("hubert", "robust", "wavlm"):
+        shutil.copy(job / f"{name}.pt", tmp_path)
+    teachers = ",".join(str(tmp_path / f"{name}.pt") for name in ("hubert", "robust", "wavlm"))
+    settings = dict(teachers=teachers, cache=tmp_path / "cache", steps=4, init="none", save_every=2)
+    expected = distil(job, tmp_path / "first", **settings)
+    loads, load = [], states.load_teacher
+    for module in (states, train):
+        monkeypatch.setattr(module, "load_teacher", lambda *a: loads.append(a[0]) or load(*a))
+    found = distil(job, tmp_path / "second", **settings)
+    assert not loads and all(torch.equal(found[name], weight) for name, weight in expected.items())
+    os.replace(tmp_path / "second" / "last.1.pt", tmp_path / "second" / "last.pt")
+    found = distil(job, tmp_path / "second", **settings)  # resumed
+    assert not loads and all(torch.equal(found[name], weight) for name, weight in expected.items())
+    distil(job, tmp_path / "third", **settings | dict(init="first"))
+    assert loads == [str(tmp_path / "hubert.pt")]  # whose weights the student begins with
+    loads.clear()
+    distil(job, tmp_path / "fourth", **settings | dict(heads="1,2"))
+    assert len(loads) == 3  # other targets
+    loads.clear()
+    save_official(random_encoder(7), tmp_path / "hubert.pt", "fairseq")
+    distil(job, tmp_path / "fifth", **settings)
+    assert len(loads) == 3 and len(list((tmp_path / "cache").glob("targets-*"))) == 3
+
+
+def test_two_runs_fill_and_use_one_cache_at_the_same_time(job, tmp_path):
+    """Each is another student of the same targets."""
+    many = dict(cache=tmp_path / "cache", steps=6, agg="none")
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *flags(job, tmp_path / f"shared{seed}", seed=seed, **many)],
+            **dict(cwd=job, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
+        )
+        for seed in (0, 1)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    for seed in (0, 1):
+        alone = distil(job, tmp_path / f"alone{seed}", seed=seed, **many | dict(cache=tmp_path / f"cache{seed}"))
+        assert_same_student(load_student(tmp_path / f"shared{seed}").state_dict(), alone, 1e-3)  # fewer threads there
+
+
+def test_a_whole_cache_that_cannot_be_written_is_used(job, tmp_path):
+    distil(job, tmp_path / "first", cache=tmp_path / "cache", steps=3)
+    (tmp_path / "cache" / "teachers.json").unlink()  # it would be written again
+    folders = [tmp_path / "cache", *(tmp_path / "cache").glob("targets-*")]
+    for folder in folders:
+        folder.chmod(0o555)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *flags(job, tmp_path / "second", cache=tmp_path / "cache", steps=3),
+    ]
+    started = dict(env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=job, preexec_fn=obey_permissions, **started)
+    for folder in folders:
+        folder.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert_same_student(*(load_student(tmp_path / name).state_dict() for name in ("second", "first")), 1e-3)
 
 
 def test_targets_without_room_are_refused_before_the_teachers_run(job, tmp_path, capsys, monkeypatch):
