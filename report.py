@@ -58,6 +58,7 @@ class Metrics:
         self.args, self.heads, self.corpus, self.left_out = args, heads, corpus, left_out
         self.path, self.board, self.unreadable = os.path.join(args.out, "metrics.jsonl"), None, {}
         self.terms = torch.zeros(2, len(heads), device=device)  # L1 and cosine, summed over parts of steps
+        self.ill = torch.zeros(2, device=device)  # the first step that was not finite; whether its loss here was not
         self.parts = self.steps = self.samples = 0
         self.since = time.monotonic()
         if RANK == 0 and os.path.exists(self.path):
@@ -80,6 +81,27 @@ class Metrics:
         self.steps += 1
         self.samples += WORLD_SIZE * batch["waveforms"].numel()
         self.unreadable.update(batch["left_out"])
+
+    def not_finite(self, step, loss, norm):
+        """1.0 from the first step on whose loss or gradient norm was not finite on some process, else 0.0: for an
+        optimizer's found_inf. On the device, which nobody waits for."""
+        anywhere = processes.anywhere(~(torch.isfinite(loss) & torch.isfinite(norm)))
+        this = torch.stack([torch.full_like(loss, step), (~torch.isfinite(loss)).float()])
+        self.ill = torch.where(anywhere & (self.ill[0] == 0), this, self.ill)
+        return (self.ill[0] > 0).float()
+
+    def stop_where_not_finite(self, saved, batches):
+        """Ends the run where there was such a step, naming the files of the processes whose own loss was not finite, else
+        all of its batch. saved: the step last saved; batches: data.Batches or alike."""
+        step, mine = (int(number) for number in self.ill.tolist())
+        if not step:
+            return
+        shares = processes.gather((mine, batches[step - 1]["paths"]))
+        files = [path for not_finite, share in shares if not_finite for path in share]
+        what = "loss" if files else "gradient"
+        files = files or [path for _, share in shares for path in share]
+        kept = f"{self.args.out} is as saved after step {saved}" if saved else "nothing was saved yet"
+        processes.stop(f"step {step}: the {what} is not finite; files of the batch: {', '.join(files)}; {kept}")
 
     def report(self, step, lr, gradient_norm):
         """Says what has come together since the line before. Ends the program where too many files cannot be read."""
@@ -130,19 +152,6 @@ def _step_of(line):
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):  # a line cut short when the run was killed
         return float("inf")
-
-
-def stop_not_finite(args, step, saved, mine, batches):
-    """Ends the run on every process, naming the files of those whose own loss is not finite, else all of the step's batch.
-
-    mine: whether this process's own was not; batches: data.Batches or alike.
-    """
-    shares = processes.gather((mine, batches[step - 1]["paths"]))
-    files = [path for not_finite, share in shares if not_finite for path in share]
-    what = "loss" if files else "gradient"
-    files = files or [path for _, share in shares for path in share]
-    kept = f"{args.out} is as saved after step {saved}" if saved else "nothing was saved yet"
-    processes.stop(f"step {step}: the {what} is not finite; files of the batch: {', '.join(files)}; {kept}")
 
 
 def warn_left_out(left_out):

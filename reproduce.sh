@@ -121,12 +121,12 @@ judge() {  # judge TASK UPSTREAM FOLDER FLAGS...
     python "$here/evaluate_$task.py" "${demo[@]}" "${data[@]}" --upstream "$2" --out "$3" --lr "$RATES" ${!more} "${@:4}"
 }
 
-tasks() {  # tasks ROW UPSTREAM: for a student, the folder of its seeds
+tasks() {  # tasks ROW [UPSTREAM]: a row without is a student's, which has one for each seed
     local seed task upstream
     for seed in $SEEDS; do
         for task in $TASKS; do
-            upstream=$2
-            [ -d "$2/seed-$seed" ] && upstream=$2/seed-$seed/student.pt
+            upstream=${2-$OUT/$1/seed-$seed/student.pt}
+            [ $# = 2 ] || [ -e "$upstream" ] || { ((left[$task]--)); continue; }   # it failed, and was named
             local folder=$OUT/$1/seed-$seed/$task
             part "$task" "$folder/result.json" "$1/seed-$seed/$task" \
                 judge "$task" "$upstream" "$folder" --seed "$seed" ${CACHE:+--cache "$CACHE/$1"}
@@ -174,7 +174,7 @@ for ((i = 0; i < ${#students[@]}; i++)); do
         part distil "$OUT/$row/seed-$seed/finished" "$row/seed-$seed" \
             distil "$OUT/$row/seed-$seed" --teachers "${of[i]}" ${flags[i]} --seed "$seed" "${cache[@]}"
     done
-    tasks "$row" "$OUT/$row"
+    tasks "$row"
     [ -z "$CACHE" ] || rm -rf "$CACHE/$row"
 done
 

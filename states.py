@@ -34,6 +34,7 @@ from teachers import TEACHERS, digest, download, load_teacher
 
 BLOCK = 32  # utterances whose states come into one file, and are lost where a kill comes before it is whole
 TARGETS_AS = torch.bfloat16  # how the targets of a distillation are kept
+SCALE_ROWS = 4  # a float32 is four int8
 AT_ONCE = 160 * 16000  # samples, with padding, that go through a network together: its convolutions need the memory
 
 
@@ -41,13 +42,13 @@ class States:
     """A frozen network's hidden states of a corpus: computed for each batch until `keep` has kept them.
 
     upstream: has `frames`, `states`, `dim`, `device`, and gives (states, batch, frames, dim) for waveforms and lengths.
-    dtype: in which they are kept.
+    dtype: in which they are kept; int8 has a scale for each dimension of an utterance's states (see `rounded`).
     """
 
     def __init__(self, upstream, corpus, dtype=torch.bfloat16):
         self.upstream, self.corpus, self.dtype = upstream, corpus, dtype
         self.frames = upstream.frames(torch.from_numpy(corpus.samples))
-        self.sizes = self.frames * upstream.states * upstream.dim
+        self.sizes = (self.frames + (SCALE_ROWS if dtype is torch.int8 else 0)) * upstream.states * upstream.dim
         self.bytes = dtype.itemsize * int(self.sizes.sum())
         order = by_length(corpus.samples)
         self.blocks = [order[i : i + BLOCK] for i in range(0, len(order), BLOCK)]  # the longest first: room shows early
@@ -117,9 +118,25 @@ class States:
             item = read_whole(self.corpus, mine, silent)
             if "unreadable" in item:
                 processes.stop(item["unreadable"])
-            states = self.upstream(item["waveforms"].to(device), item["lengths"]).to("cpu", self.dtype)
-            found += [states[:, place, : self.frames[one]].flatten() for place, one in enumerate(mine)]
+            states = self.upstream(item["waveforms"].to(device), item["lengths"])
+            alone = (states[:, place, : self.frames[one]] for place, one in enumerate(mine))
+            found += [
+                (rounded(one) if self.dtype is torch.int8 else one).to("cpu", self.dtype).flatten() for one in alone
+            ]
         return torch.cat(found)
+
+
+def rounded(states):
+    """(states, frames, dim) to int8, in front of them SCALE_ROWS rows that are the bytes of a float32 scale a dimension."""
+    scale = states.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+    rows = scale.view(torch.int8).view(len(states), SCALE_ROWS, -1)
+    return torch.cat([rows, (states / scale).round().to(torch.int8)], dim=1)
+
+
+def unrounded(kept, first, frames):
+    """Some frames of what `rounded` gave, in float32."""
+    scale = kept[:, :SCALE_ROWS].clone().view(len(kept), 1, -1).view(torch.float32)
+    return kept[:, SCALE_ROWS + first : SCALE_ROWS + first + frames] * scale
 
 
 class Kept:
@@ -339,11 +356,15 @@ class WithTargets(torch.utils.data.Dataset):
     def __getitem__(self, step):
         utterances, starts, cut = self.batches.crops(step)
         frames, item = (cut - self.field) // self.batches.grid + 1, self.batches[step]
-        targets = torch.zeros(len(utterances), frames, self.kept.dim, dtype=self.kept.dtype)
+        eight = self.kept.dtype is torch.int8
+        targets = torch.zeros(
+            len(utterances), frames, self.kept.dim, dtype=torch.bfloat16 if eight else self.kept.dtype
+        )
         for place, (utterance, start) in enumerate(zip(utterances, starts)):
             first = start // self.batches.grid
             try:
-                targets[place] = self.kept.of(utterance)[0, first : first + frames]
+                kept = self.kept.of(utterance)
+                targets[place] = unrounded(kept, first, frames)[0] if eight else kept[0, first : first + frames]
             except (OSError, ValueError) as error:  # as audio that cannot be read
                 item["readable"][place] = False
                 item["left_out"][item["paths"][place]] = f"its targets: {error}"
@@ -355,7 +376,9 @@ def keep_targets(args, batches, ensemble, made_of, asked):
 
     made_of: what the targets depend on beside the audio. Ends the program where there is no room, or on a signal.
     """
-    states, where, folder = States(ensemble, batches.corpus, TARGETS_AS), "in memory", None
+    dtype = torch.int8 if args.cache_bits == 8 else TARGETS_AS
+    states, where, folder = States(ensemble, batches.corpus, dtype), "in memory", None
+    made_of = made_of + [8] if args.cache_bits == 8 else made_of
     with processes.together("--cache"):
         if args.cache != "memory":
             name = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

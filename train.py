@@ -24,7 +24,7 @@ import aggregate
 import data
 import demo
 from losses import distillation_loss
-from report import Metrics, find_tensorboard, introduce, stop_not_finite
+from report import Metrics, find_tensorboard, introduce
 from safe_files import check_settings, claimed, newest_save, read_settings, write_text, write_whole
 from states import Ensemble, digest_of, keep_targets, known_teachers
 from student import Student, initialise, save_student, student_config
@@ -63,6 +63,7 @@ def parse(arguments=None):
     add("--cosine-weight", type=processes.not_negative, default=1.0, help="weight of the cosine loss beside L1")
     add("--max-seconds", type=processes.positive, default=15.625, help="longest crop of an utterance, in seconds (250,000 samples)")
     add("--cache", metavar="DIR", help="keep the teachers' targets in files there, or in `memory`, and run the teachers once; crops then begin at multiples of 320 samples")
+    add("--cache-bits", type=int, choices=[16, 8], default=16, help="bits of a kept number; 8 take half the room, with a scale for each dimension and utterance")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast; auto is bf16 where the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
     add("--workers", type=processes.whole, default=argparse.SUPPRESS, help="processes that read audio, for each training process (default: up to 4)")
@@ -172,15 +173,11 @@ def main(arguments=None):
         introduce(args, corpus, batches, names, student, f"{args.precision} on {WORLD_SIZE} x {device.type}", done)
 
         if args.cache and done < args.steps:
-            ensemble = Ensemble(teachers, layers, targets_of, dims, device)
             made_of = [list(digests.values()), layers, args.agg, args.precision]
-            batches = keep_targets(args, batches, ensemble, made_of, asked)
-            teachers, ensemble = [], None  # their memory is given back
+            batches = keep_targets(args, batches, Ensemble(teachers, layers, targets_of, dims, device), made_of, asked)
+            teachers = None  # their memory is given back
 
-        saved, stop_at = (
-            done,
-            torch.zeros(2, device=device),
-        )  # the step that was not finite; whether its loss here was not
+        saved = done
         loader = data.load_batches(batches, done, args.steps, args.workers, pin_memory=device.type == "cuda")
         for step, batch in enumerate(loader, start=done + 1):
             lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
@@ -209,20 +206,17 @@ def main(arguments=None):
             norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
             metrics.count(batch)
 
-            # Once loss or gradient is not finite anywhere, no weight changes any more. The device knows; the host asks it
-            # only where a line or a save is due, so that it never waits for a step.
-            ill = processes.anywhere(~(torch.isfinite(step_loss) & torch.isfinite(norm)))
-            this = torch.stack([torch.full_like(step_loss, step), (~torch.isfinite(step_loss)).float()])
-            stop_at = torch.where(ill & (stop_at[0] == 0), this, stop_at)
-            optimizer.found_inf = (stop_at[0] > 0).float()
+            # From a loss or gradient on that is not finite on some process, no weight changes. The device knows; the host
+            # asks it only where a line or a save is due, so that it never waits for a step.
+            optimizer.found_inf = metrics.not_finite(step, step_loss, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
             (interrupted,) = processes.agree(max(asked, default=0))  # all stop after the same step
             last = step == args.steps or interrupted
             line, save = step == done + 1 or step % args.log_every == 0 or last, step % args.save_every == 0 or last
-            if (line or save) and stop_at[0]:
-                stop_not_finite(args, int(stop_at[0]), saved, bool(stop_at[1]), batches)
+            if line or save:
+                metrics.stop_where_not_finite(saved, batches)
             if line:
                 metrics.report(step, lr, norm)
             if save:

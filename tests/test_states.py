@@ -9,7 +9,7 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT, environment, random_encoder, write_audio
+from conftest import ROOT, environment, noise, random_encoder, write_audio
 
 import aggregate
 import data
@@ -226,3 +226,13 @@ def test_kept_targets_of_a_crop_are_those_of_its_place_exactly(few):
         torch.testing.assert_close(item["targets"], computed, rtol=1e-4, atol=1e-5)
         begins |= set(batches.crops(step)[1])
     assert all(begin % 320 == 0 for begin in begins) and max(begins) > 0
+
+
+def test_rounding_to_eight_bits_is_within_half_a_step_of_each_dimensions_scale():
+    states = noise(2, 7, 6, seed=1) * torch.tensor([1e-3, 1.0, 100.0, 1.0, 1.0, 0.0])
+    kept = states_file.rounded(states)
+    assert kept.dtype == torch.int8 and kept.shape == (2, 4 + 7, 6)
+    half = states.abs().amax(1, keepdim=True) / 127 / 2
+    for first, frames in ((0, 7), (2, 3)):
+        found = states_file.unrounded(kept, first, frames)
+        assert ((found - states[:, first : first + frames]).abs() <= 1.0001 * half + 1e-9).all()

@@ -272,6 +272,18 @@ def test_a_damaged_file_of_targets_is_noticed_and_its_utterances_weigh_nothing(
     assert all(torch.equal(again[name], weight) for name, weight in expected.items())
 
 
+@pytest.mark.parametrize("where", ["folder", "memory"])
+def test_targets_of_eight_bits_take_half_the_room_and_are_as_good(job, tmp_path, where):
+    for bits in (16, 8):
+        cache = "memory" if where == "memory" else tmp_path / str(bits)
+        distil(job, tmp_path / f"out{bits}", cache=cache, cache_bits=bits)
+    for a, b in zip(metrics(tmp_path / "out8"), metrics(tmp_path / "out16"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=2e-3) and a["loss"] != b["loss"]
+    if where == "folder":
+        size = {bits: sum(f.stat().st_size for f in (tmp_path / str(bits)).rglob("00*")) for bits in (16, 8)}
+        assert 0.5 < size[8] / size[16] < 0.65  # utterances here have 20 frames; the scales are 4 frames' worth
+
+
 def test_a_run_that_finds_its_targets_loads_no_teacher(job, tmp_path, monkeypatch):
     for name in ("hubert", "robust", "wavlm"):
         shutil.copy(job / f"{name}.pt", tmp_path)
