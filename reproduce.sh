@@ -132,6 +132,7 @@ tasks() {  # tasks ROW [UPSTREAM]: a row without is a student's, which has one f
                 judge "$task" "$upstream" "$folder" --seed "$seed" ${CACHE:+--cache "$CACHE/$1"}
         done
     done
+    [ -z "$CACHE" ] || rm -rf "${CACHE:?}/$1"        # the disk holds one row's at a time
 }
 
 # ---------------------------------------------------------------- the plan
@@ -162,10 +163,7 @@ echo "expected: $(<"$OUT/expected"), and ${left[distil]} students; a task's hour
 # ---------------------------------------------------------------- all of it
 
 tasks fbank fbank
-for teacher in "${teachers[@]}"; do
-    tasks "teacher-$(name "$teacher")" "$teacher"
-    [ -z "$CACHE" ] || rm -rf "$CACHE/teacher-$(name "$teacher")"
-done
+for teacher in "${teachers[@]}"; do tasks "teacher-$(name "$teacher")" "$teacher"; done
 for ((i = 0; i < ${#students[@]}; i++)); do
     row=${students[i]}
     cache=()
@@ -175,7 +173,6 @@ for ((i = 0; i < ${#students[@]}; i++)); do
             distil "$OUT/$row/seed-$seed" --teachers "${of[i]}" ${flags[i]} --seed "$seed" "${cache[@]}"
     done
     tasks "$row"
-    [ -z "$CACHE" ] || rm -rf "$CACHE/$row"
 done
 
 results=()
