@@ -148,3 +148,21 @@ def test_ctrl_c_while_torch_is_imported_is_no_traceback(tmp_path, program):
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT and errors == ""
+
+
+def test_processes_wait_for_one_that_scans_or_saves_for_hours(tmp_path):
+    """torch's own patience is half an hour; a process that died is torchrun's to notice."""
+    code = (
+        "import torch.distributed as dist\n"
+        "given = {}\n"
+        "dist.init_process_group = lambda *_, **settings: given.update(settings)\n"
+        "import processes\n"
+        "processes.begin()\n"
+        "print(given['timeout'].total_seconds())\n"
+    )
+    job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(**job), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and float(done.stdout) >= 12 * 3600, done.stderr
