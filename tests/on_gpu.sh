@@ -12,6 +12,23 @@ bench plain --steps 5 --cache --profile "$out/trace.json"
 bench compiled --steps 5 --compile
 bench peer-fp32 --steps 3 --peer
 bench peer-bf16 --steps 3 --peer --peer-precision bf16
+timeout 120 python - >"$out/states.log" 2>&1 <<'PYTHON'
+# A probe's batch of 32 utterances of 12 s: is it quicker to copy its kept states to the GPU or to compute them again?
+import json
+import torch
+from bench import timed
+from encoder import EncoderConfig, SpeechEncoder
+device = torch.device("cuda")
+encoder, waveforms = SpeechEncoder(EncoderConfig()).eval().to(device), torch.randn(32, 192000, device=device)
+def compute():
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        return torch.stack([state.bfloat16() for state in encoder(waveforms)])
+kept = compute().cpu().pin_memory()
+figures = {}
+for name, act in (("compute", compute), ("copy", lambda: kept.to(device, non_blocking=True))):
+    figures[name] = min(timed(act, device)[0] for _ in range(5))
+print(json.dumps(figures))
+PYTHON
 python - "$out" <<'PYTHON'
 import json, os, re, sys
 out, rows = sys.argv[1], []
@@ -38,6 +55,12 @@ for name, f in figures.items():
     if "kept_ratio" in f:
         rows.append(("a step with kept targets", f"{f['kept_ratio']:.2f} times as fast"))
         rows += [(f"  time in {part}", f"{share:.1%}") for part, share in f["shares"].items()]
+try:
+    with open(f"{out}/states.log") as file:
+        found = json.loads(file.read().strip().splitlines()[-1])
+    rows.append(("a probe's batch of states, copied; computed", f"{found['copy']:.3f} s; {found['compute']:.3f} s"))
+except (OSError, ValueError, IndexError, KeyError):
+    rows.append(("a probe's batch of states", "failed, see states.log"))
 print(*(f"{name:45} {value}" for name, value in rows), sep="\n")
 print(f"logs, and a trace of one step for chrome://tracing: {os.path.abspath(out)}")
 PYTHON
