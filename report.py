@@ -420,10 +420,8 @@ def markdown(rows, summaries, against=None):
         found = [cell(mine[t]["score"], mine[t]["interval"], best[t] == row) if t in mine else "-" for t in tasks]
         lines.append(f"| {' | '.join([row, *found, *costs(rows[row])])} |")
     seeds = sorted({one["seeds"] for mine in summaries.values() for one in mine.values()})
-    lines += [
-        "",
-        f"Percent, means over {' to '.join(map(str, seeds))} seeds, with 95% intervals over utterances and seeds.",
-    ]
+    over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
+    lines += ["", f"Percent, means over {over}, with 95% intervals over utterances and seeds."]
     if against:
         lines += ["", f"| less {against} | {' | '.join(map(heading, tasks))} |", "|---" * (len(tasks) + 1) + "|"]
         for row, mine in summaries.items():
