@@ -55,7 +55,7 @@ for ((i = 0; i < ${#teachers[@]}; i++)); do
 done
 for agg in avg concat none; do student $agg "$TEACHERS" "--agg $agg"; done
 student avg-one-head "$TEACHERS" "--agg avg --heads ${HEADS##*,}"
-student untrained "${teachers[0]}" "--agg avg --steps 1 --lr 1e-30"   # one step too small to change a weight
+student untrained "${teachers[0]}" "--agg avg --steps 1 --lr 1e-30"   # as it begins: a step too small to change a weight
 
 # ---------------------------------------------------------------- how a part is run
 
