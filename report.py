@@ -575,9 +575,10 @@ def draw_curves(runs, path):
         panel.set_xlabel("step")
         panel.grid(color=FAINT, linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.22))
     panels[0][0].set_ylabel("loss of a head")
     figure.tight_layout()
+    for panel in panels[0]:  # below, outside the layout: as many heads as there may be
+        panel.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.25))
     write_picture(figure, path)
     plt.close(figure)
 
