@@ -431,6 +431,29 @@ def test_a_file_that_turns_out_unreadable_is_left_out_named_and_counted(job, tmp
     assert_same_student(students[0], students[-1])
 
 
+def test_after_a_loss_that_is_not_finite_no_weight_changes_until_the_run_stops(job, tmp_path, capsys, monkeypatch):
+    students, weights, losses = [], [], []
+    rate, loss = train.learning_rate, train.distillation_loss
+
+    def noted_rate(step, args):
+        weights.append([weight.detach().clone() for weight in students[0].parameters()])
+        return rate(step, args)
+
+    def broken_loss(*a):
+        total, l1, cosine = loss(*a)
+        losses.append(total)
+        return total * float("nan" if len(losses) == 3 else 1), l1, cosine
+
+    monkeypatch.setattr(train, "Student", lambda *a: students.append(Student(*a)) or students[0])
+    monkeypatch.setattr(train, "learning_rate", noted_rate)
+    monkeypatch.setattr(train, "distillation_loss", broken_loss)
+    line = refusal(capsys, flags(job, tmp_path / "out", steps=6, log_every=100))
+    assert "step 3: the loss is not finite" in line and len(weights) == 6
+    at_step_3, last = weights[2], list(students[0].parameters())
+    assert not all(torch.equal(a, b) for a, b in zip(weights[1], at_step_3))
+    assert all(torch.equal(a, b) for a, b in zip(at_step_3, last, strict=True))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_files(job, tmp_path):
     broken = random_encoder(0)
     broken.layers[3].ffn_out.bias.data[0] = float("nan")
