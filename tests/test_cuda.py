@@ -322,7 +322,7 @@ def test_a_training_step_is_not_waited_for_but_at_a_line_or_a_save(small, tmp_pa
     assert reads_of(train, settings | dict(steps=9, log_every=1, out=tmp_path / "each"), monkeypatch) > counts[0]
 
 
-@pytest.mark.parametrize("rates", ["1e-2", "1e-2,1e-3"])
+@pytest.mark.parametrize("rates", [pytest.param("1e-2", marks=pytest.mark.slow), "1e-2,1e-3"])
 @pytest.mark.parametrize("task", ["er", "pr", "asr"])
 def test_a_probes_step_is_not_waited_for_but_at_a_line_or_a_score(small, corpus, tmp_path, monkeypatch, task, rates):
     program = {"er": evaluate_er, "pr": evaluate_pr, "asr": evaluate_asr}[task]

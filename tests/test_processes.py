@@ -23,7 +23,7 @@ def sitecustomize(folder, code):
     return f"{folder}:{ROOT}"
 
 
-@pytest.mark.parametrize("flag", [("--heads", "0"), ("--batch-size", "7")])
+@pytest.mark.parametrize("flag", [("--heads", "0"), pytest.param(("--batch-size", "7"), marks=pytest.mark.slow)])
 def test_a_refused_flag_is_said_under_torchrun_though_rank_0_comes_last(tmp_path, flag):
     slow = "import os, time\nif os.environ.get('RANK') == '0':\n    time.sleep(4)\n"
     path = sitecustomize(tmp_path / "slow", slow)
@@ -32,6 +32,7 @@ def test_a_refused_flag_is_said_under_torchrun_though_rank_0_comes_last(tmp_path
     assert f'{ROOT / "train.py"}", line' not in done.stderr  # torchrun's own traceback, none of ours
 
 
+@pytest.mark.slow
 def test_a_machine_without_locks_limits_and_affinity_runs_the_programs(tmp_path):
     # What Windows lacks, as far as it can be pretended here.
     lacking = "import os, sys\nsys.modules.update(fcntl=None, resource=None)\n"

@@ -181,10 +181,12 @@ def test_kept_targets_give_the_student_of_teachers_that_run_at_every_step(
     settings, out = dict(data=job / "whole audio", max_seconds=1), f"cached{processes}{where}"
     expected = whole_utterances if processes is None else distil(job, "uncached2", processes, **settings)
     settings |= dict(cache="memory" if where == "memory" else tmp_path / "cache")
-    close = distil(job, out, processes, **settings)
-    assert_same_student(close, expected, 5e-2)
-    for a, b in zip(metrics(job / out), metrics(job / "uncached"), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
+    if processes is None:
+        close = distil(job, out, **settings)
+        assert_same_student(close, expected, 5e-2)
+        assert not all(torch.equal(close[name], weight) for name, weight in expected.items())
+        for a, b in zip(metrics(job / out), metrics(job / "uncached"), strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-2)
     # Bit for bit where they are kept exactly as the teachers gave them.
     settings |= dict(cache="memory" if where == "memory" else tmp_path / "exact cache")
     if processes is None:
@@ -198,7 +200,6 @@ def test_kept_targets_give_the_student_of_teachers_that_run_at_every_step(
         assert done.returncode == 0, done.stderr[-3000:]
         exact = load_student(job / f"{out} exact").state_dict()
     assert all(torch.equal(exact[name], weight) for name, weight in expected.items())
-    assert not all(torch.equal(close[name], weight) for name, weight in expected.items())
 
 
 def test_a_later_run_finds_the_targets_and_another_ensembles_are_never_used(job, tmp_path, monkeypatch, capsys):
