@@ -35,6 +35,7 @@ PAIRS=${PAIRS-yes}                                   # the rows of two teachers;
 RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}              # learning rates of each probe
 TRAIN=${TRAIN-} PR=${PR-} SID=${SID-} ER=${ER-} ASR=${ASR-}   # further flags of train.py and the evaluate_*.py
 CACHE=${CACHE-}                                      # folder for kept targets and states, of one row at a time
+CACHE=${CACHE:+$CACHE/reproduce}                     # what is deleted there is its own
 OUT=${OUT-runs/reproduce}
 PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}   # of train.py
 

@@ -43,7 +43,7 @@ def test_every_row_is_run_once_carried_on_and_a_failure_is_named(tmp_path):
     assert first.returncode == 1 and "expected: a student of all teachers" in first.stdout
     (failed,) = [line for line in first.stderr.splitlines() if line.startswith("failed")]
     assert failed.split(": ")[1].split(";")[0] == "concat/seed-1"
-    assert not any((tmp_path / "kept").iterdir())  # of each row only while it runs
+    assert not any((tmp_path / "kept" / "reproduce").iterdir())  # of each row only while it runs
 
     (tmp_path / "out" / "concat" / "seed-1").unlink()
     os.remove(tmp_path / "out" / "avg" / "seed-0" / "sid" / "result.json")
