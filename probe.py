@@ -355,7 +355,7 @@ def evaluate(
 def train(args, probes, optimizers, progress, states, split, plan, loss, pool, asked):
     """The steps that are left; yields the number of each after which a score is due, one that was missed first.
 
-    Every probe, one a learning rate, learns from the same states, read once. progress["step"] counts the steps,
+    Every probe, one a learning rate, learns from the same states, brought once. progress["step"] counts the steps,
     progress["scored"] is the caller's. The host asks the device for nothing but where a line or a score is due.
     """
     loader = states[split.corpus].batches(plan, progress["step"], args.steps, args.workers)
@@ -379,15 +379,14 @@ def train(args, probes, optimizers, progress, states, split, plan, loss, pool, a
             labels = [split.labels[split.number[place]] for place in utterances]
             if pool:
                 x = pool(x, frames, training=True)
-            weights = torch.stack([probe.weights.softmax(0) for probe in probes])
             values = []
-            for probe, mixed in zip(probes, torch.tensordot(weights, x, dims=1)):  # the states are read once for all
-                if len(probes) > 1:
-                    processes.reseed(args.seed, step, 1)  # a head's dropout is the same at every rate
-                values.append(loss(probe.head(mixed, frames), frames, labels))
-            sum(values).backward()
+            for probe in probes:
+                processes.reseed(args.seed, step, 1)  # a head's dropout is the same at every rate
+                value = loss(probe(x, frames), frames, labels)
+                value.backward()
+                values.append(value.detach())
             norms = [nn.utils.clip_grad_norm_(probe.parameters(), 1.0) for probe in probes]
-            values = torch.stack(values).detach()
+            values = torch.stack(values)
             finite = torch.isfinite(values + torch.stack(norms))
             stop_at = torch.where(finite.any() | (stop_at > 0), stop_at, step + 1)
             for optimizer, fine in zip(optimizers, finite):  # a rate that is too high: its probe stays where it is
