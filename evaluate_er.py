@@ -143,6 +143,7 @@ def main(arguments=None):
             count=right,
             states=states,
             higher_is_better=True,
+            runs=len(folds),
         )
         if predictions is None:
             predictions = [classes.index(label) for label in result["hypotheses"]]

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
 import platform
@@ -28,13 +29,13 @@ from torch import nn
 import data
 import report
 from safe_files import check_settings, claimed, newest_save, write_whole
-from states import AT_ONCE, States, by_length, keep_states
+from states import AT_ONCE, States, by_length, keep_states, worth_keeping
 from student import load_student
 from teachers import TEACHERS, digest, load_teacher
 
 FORMAT = "ekd-probe-3"  # the first had one learning rate, the second one optimizer for all of them
 # Settings that may change when a run is resumed. Upstream and data are known by what they are, not by their paths.
-FREE = {"out", "cache", "cache_memory", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
+FREE = {"out", "cache", "cache_memory", "workers", "log_every", "plan", "upstream", "data", "lexicon", "manifest"}
 
 
 # ---------------------------------------------------------------- the frozen upstream
@@ -161,6 +162,12 @@ class Split:
         self.number = {int(place): number for number, place in enumerate(places)}
         self.samples = corpus.samples[self.places]
 
+    def some(self, count):
+        """A Split of so many of the utterances, or all, from its beginning to its end."""
+        mine = np.unique(np.linspace(0, len(self.ids) - 1, count).astype(int))
+        corpus, ids = self.corpus.part(self.places[mine]), [self.ids[place] for place in mine]
+        return Split(self.name, corpus, range(len(mine)), ids, [self.labels[place] for place in mine], {})
+
     def fingerprint(self):
         """Changes with any utterance's path, length or label."""
         text = self.corpus.part(self.places).fingerprint() + str([label.tolist() for label in self.labels])
@@ -207,6 +214,7 @@ def parser(description, splits=None):
     add("--seed", type=processes.seed, default=0, help="of the probe's first weights and the data's order")
     add("--log-every", type=processes.count, default=100, help="steps between lines of progress")
     add("--eval-every", type=processes.count, default=1000, help="steps between scores on the second split, each one saved")
+    add("--plan", action="store_true", help="say what the run would take here, from four of its steps, and stop")
     add("--demo", action="store_true", help="synthetic speech and the demo's student")
     # fmt: on
     return parser
@@ -249,6 +257,7 @@ def evaluate(
     pool=None,
     states=None,
     higher_is_better=False,
+    runs=1,
 ):
     """Trains a probe on the first split, takes its best step on the second, and scores that step on the third.
 
@@ -256,12 +265,14 @@ def evaluate(
     loss(outputs, frames, labels): one number. decode(outputs, frames): a prediction for each utterance.
     count(labels, predictions): two (utterances,) arrays, whose sums' quotient is the score named `metric`.
     pool(states, frames, training): what the head needs of the states, (states, batch, ..., dim), if not all frames.
-    states: {corpus: States} of the splits, where they are kept already.
+    states: {corpus: States} of the splits, where they are kept already. runs: how many such probes the program trains.
     Returns (the result so far, a dict, and the predictions on the third split), or, where the run was finished before,
     (its whole result, None). Started again after an interruption, it goes on where it was.
     """
     states = states or {split.corpus: States(upstream, split.corpus) for split in splits}
     args.precision = upstream.precision  # "auto" resolved: a resume on another device is told
+    if args.plan:
+        expect(args, upstream, splits, states, make_head, loss, decode, count, pool, runs)
     fingerprints = {"upstream": upstream.digest} | {split.name: split.fingerprint() for split in splits}
     fingerprints["symbols"] = hashlib.sha256("\n".join(symbols).encode()).hexdigest()[:16]
     with processes.together():
@@ -274,15 +285,7 @@ def evaluate(
         plan = Shuffled(splits[0], args.batch_size, args.seed)
         os.makedirs(args.out, exist_ok=True)
 
-    rates, probes = args.lr if isinstance(args.lr, list) else [args.lr], []
-    for _ in rates:  # each as it would start alone
-        torch.manual_seed(args.seed)
-        probes.append(Probe(upstream.states, make_head(upstream.dim)).to(upstream.device))
-    # fused: each can be told on the device to change nothing
-    optimizers = [torch.optim.Adam(probe.parameters(), lr=rate, fused=True) for rate, probe in zip(rates, probes)]
-    # scored: the step last scored on the second split; curve: [step, score] of each so far, of every rate.
-    progress = {"step": 0, "scored": 0, "rates": [{"curve": [], "best": None} for _ in rates]}
-    progress["seconds"] = {"states": 0.0, "training": 0.0, "scoring": 0.0}
+    rates, probes, optimizers, progress = start(args, upstream, make_head)
     if run:
         for probe, optimizer, weights, moments in zip(probes, optimizers, run["probes"], run["optimizers"]):
             probe.load_state_dict(weights)
@@ -352,6 +355,20 @@ def evaluate(
     return result, predictions
 
 
+def start(args, upstream, make_head):
+    """(rates, probes, optimizers, progress) of a run before its first step."""
+    rates, probes = args.lr if isinstance(args.lr, list) else [args.lr], []
+    for _ in rates:  # each as it would start alone
+        torch.manual_seed(args.seed)
+        probes.append(Probe(upstream.states, make_head(upstream.dim)).to(upstream.device))
+    # fused: each can be told on the device to change nothing
+    optimizers = [torch.optim.Adam(probe.parameters(), lr=rate, fused=True) for rate, probe in zip(rates, probes)]
+    # scored: the step last scored on the second split; curve: [step, score] of each so far, of every rate.
+    progress = {"step": 0, "scored": 0, "rates": [{"curve": [], "best": None} for _ in rates]}
+    progress["seconds"] = {"states": 0.0, "training": 0.0, "scoring": 0.0}
+    return rates, probes, optimizers, progress
+
+
 def train(args, probes, optimizers, progress, states, split, plan, loss, pool, asked):
     """The steps that are left; yields the number of each after which a score is due, one that was missed first.
 
@@ -365,9 +382,11 @@ def train(args, probes, optimizers, progress, states, split, plan, loss, pool, a
     while progress["scored"] < args.steps:
         step = progress["step"]
         due = step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps)
-        if (due or asked or step % args.log_every == 0) and stop_at:
-            ids = ", ".join(split.ids[split.number[place]] for place in plan[int(stop_at) - 1])
-            processes.stop(f"step {int(stop_at)}: the loss is not finite; utterances of the batch: {ids}")
+        with _timed(progress["seconds"], "training"):  # a GPU is waited for here
+            sick = (due or asked or step % args.log_every == 0) and int(stop_at)
+        if sick:
+            ids = ", ".join(split.ids[split.number[place]] for place in plan[sick - 1])
+            processes.stop(f"step {sick}: the loss is not finite; utterances of the batch: {ids}")
         if due:
             yield step
             total, since, begun = torch.zeros_like(total), time.monotonic(), step
@@ -429,6 +448,41 @@ def note_score(progress, step, score, probe, higher_is_better=False):
     weights = {name: weight.detach().cpu().clone() for name, weight in probe.state_dict().items()}
     progress["best"] = {"step": step, "score": score, "probe": weights}
     return ", the best so far"
+
+
+def expect(args, upstream, splits, states, make_head, loss, decode, count, pool, runs):
+    """Says what the run would take and ends the program: four steps on a batch of each split, carried over to the whole."""
+    kept, where = worth_keeping(args, upstream, states, splits)
+    print(where, flush=True)
+    for batch, steps in (2, 1), (args.batch_size, 4):  # the first pays for what is loaded once
+        some = [split.some(batch) for split in splits]
+        mine = {split.corpus: States(upstream, split.corpus) for split in some}
+        trial = {"batch_size": len(some[0].ids), "steps": steps, "eval_every": steps, "workers": 0}
+        trial = argparse.Namespace(**vars(args) | trial)
+        plan = Shuffled(some[0], trial.batch_size, args.seed)
+        _, probes, optimizers, progress = start(trial, upstream, make_head)
+        seconds = progress["seconds"]
+        with contextlib.redirect_stdout(io.StringIO()):
+            with _timed(seconds, "states"):
+                for split in some:
+                    mine[split.corpus].keep(None, split.name, trial.batch_size)
+            for step in train(trial, probes, optimizers, progress, mine, some[0], plan, loss, pool, ()):
+                progress["scored"] = step
+        with _timed(seconds, "scoring"):
+            for split in some[1:]:
+                for predictions in predict(probes, split, mine[split.corpus], decode, trial.batch_size, pool=pool):
+                    count(split.labels, predictions)
+
+    whole, tried = ([float(split.samples.sum()) for split in these] for these in (splits, some))
+    steps, scores = args.steps, -(-args.steps // args.eval_every)
+    heard = [steps * args.batch_size * whole[0] / len(splits[0].ids), scores * whole[1], whole[2]]  # where none is kept
+    again = sum(samples for split, samples in zip(splits, heard) if split.corpus not in kept)
+    spent = {"states": seconds["states"] / sum(tried) * (sum(corpus.samples.sum() for corpus in kept) + runs * again)}
+    spent[f"{steps:,} steps"] = seconds["training"] / 4 * steps * runs
+    spent["scores"] = seconds["scoring"] / sum(tried[1:]) * sum(heard[1:]) * runs
+    parts = ", ".join(f"{what} {report.clock(seconds)}" for what, seconds in spent.items())
+    print(f"about {report.clock(sum(spent.values()))}: {parts}{f'; {runs} probes' if runs > 1 else ''}", flush=True)
+    raise SystemExit(0)
 
 
 def load_run(args, fingerprints):

@@ -150,16 +150,49 @@ if [ ! -e "$OUT/expected" ]; then                    # how fast this machine is,
         echo "a trial of 4 steps failed: $(tail -n 1 "$trial.log")" >&2
         exit 2
     fi
-    python - "$trial" "$STEPS" "$(du -sk "$trial" | cut -f 1)" >"$OUT/expected" <<'PYTHON'
-import json, sys
-with open(f"{sys.argv[1]}/metrics.jsonl") as file:
-    seconds = [json.loads(line)["seconds"] for line in file][1:]
-hours, gigabytes = sum(seconds) / len(seconds) * int(sys.argv[2]) / 3600, int(sys.argv[3]) / 1e6
-print(f"a student of all teachers: {hours:.3g} hours without CACHE, {gigabytes:.3g} GB with its saves")
+    for task in $TASKS; do
+        judge "$task" "${teachers[0]}" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$trial.$task.teacher.log" 2>&1 &&
+            judge "$task" "$trial/student.pt" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$trial.$task.student.log" 2>&1 ||
+            echo "$task cannot be run: $(tail -qn 1 "$trial.$task".*.log | tail -n 1)" >&2
+    done
+    PYTHONPATH=$here python - "$trial" "$STEPS" "$seeds" ${#teachers[@]} ${#students[@]} "$CACHE" $TASKS >"$OUT/expected" <<'PYTHON'
+import glob, json, os, re, sys
+from report import clock
+from student import load_student
+
+trial, (steps, seeds, teachers, students), cache, tasks = sys.argv[1], map(int, sys.argv[2:6]), sys.argv[6], sys.argv[7:]
+
+def read(name):
+    with open(trial + name, encoding="utf-8") as file:
+        return file.read()
+
+later = [json.loads(line) for line in read("/metrics.jsonl").splitlines()][1:]
+distil = sum(row["seconds"] for row in later) / len(later) * steps
+total, states = distil * students * seeds, {}
+print(f"  a student of all teachers {clock(distil)} without CACHE")
+for task in tasks:
+    logs = [read(f".{task}.{of}.log") for of in ("teacher", "student") if os.path.exists(f"{trial}.{task}.{of}.log")]
+    found = [re.search(r"^about (?:(\d+) d )?(\d+):(\d+):(\d+): ", log, re.M) for log in logs]
+    if len(found) == 2 and all(found):
+        parts = [[int(number or 0) for number in one.groups()] for one in found]
+        teacher, student = (((days * 24 + hours) * 60 + minutes) * 60 + rest for days, hours, minutes, rest in parts)
+        total += (teacher * teachers + student * (students + 1)) * seeds    # filter banks as a student
+        states[task] = float(re.search(r"^states: .* dims, (\S+) GB", logs[0], re.M)[1])
+        print(f"  {task} of a teacher {clock(teacher)}, of a student {clock(student)}")
+disk = sum(map(os.path.getsize, glob.glob(f"{trial}/*"))) * students * seeds / 1e9
+print(f"  in all about {clock(total)}, and {disk:.3g} GB in OUT", end="")
+if cache:   # concat and none keep every teacher's, in bf16
+    hours = float(re.search(r"([\d.,]+) hours", read(".log"))[1].replace(",", ""))
+    heads, dim = sum(name.startswith("l1/") for name in later[0]), load_student(f"{trial}/student.pt").encoder.config.dim
+    targets = hours * 3600 * 50 * heads * dim * teachers * 2 / 1e9
+    most = sum(states.values()) - min(states.get("pr", 0), states.get("asr", 0))   # the same audio
+    print(f"; in CACHE a row's targets and states at a time, up to about {targets:.3g} and {most:.3g} GB", end="")
+print()
 PYTHON
     rm -r "$trial"
 fi
-echo "expected: $(<"$OUT/expected"), and ${left[distil]} students; a task's hours are said once one of its probes is done"
+echo "expected:"
+cat "$OUT/expected"
 
 # ---------------------------------------------------------------- all of it
 

@@ -411,29 +411,34 @@ def keep_states(args, upstream, states, splits, training, asked):
 
     states: {corpus: States}; training: whether steps are left; without, only the third split is needed.
     """
-    needed = {}
-    for split in splits[0 if training else 2 : 3 if args.cache else 2]:
-        if states[split.corpus].kept is None:
-            needed.setdefault(split.corpus, split.name)
-    if not needed:
-        return
-    total, allowed = sum(states[corpus].bytes for corpus in needed), args.cache_memory * free_memory()
-    size = f"states: {upstream.states} of {upstream.dim} dims, {total / 1e9:.3g} GB"
-    share = f"{args.cache_memory:.0%} of the free memory, {allowed / 1e9:.3g} GB"
-    if args.cache:
-        where = f"kept in {args.cache}"
-    elif args.steps * args.batch_size < len(splits[0].ids):
-        where, needed = "computed for every batch: no utterance is trained on twice", {}
-    elif total > allowed:
-        where, needed = f"over {share}: computed for every batch again; --cache DIR keeps them on disk", {}
-    else:
-        where = f"kept in memory, where they may take {share}"
-    print(f"{size}, {where}", flush=True)
+    needed, line = worth_keeping(args, upstream, states, splits, training)
+    if line:
+        print(line, flush=True)
     for corpus, name in needed.items():
         path = None
         if args.cache:
             path = os.path.join(args.cache, upstream.name, f"{os.path.basename(name)}-{_fingerprint(corpus)}.states")
         states[corpus].keep(path, name, args.batch_size, asked)
+
+
+def worth_keeping(args, upstream, states, splits, training=True):
+    """({corpus: name} of those whose States are kept, see keep_states, and a line that says how much and why or "")."""
+    needed = {}
+    for split in splits[0 if training else 2 : 3 if args.cache else 2]:
+        if states[split.corpus].kept is None:
+            needed.setdefault(split.corpus, split.name)
+    if not needed:
+        return {}, ""
+    total, allowed = sum(states[corpus].bytes for corpus in needed), args.cache_memory * free_memory()
+    size = f"states: {upstream.states} of {upstream.dim} dims, {total / 1e9:.3g} GB"
+    share = f"{args.cache_memory:.0%} of the free memory, {allowed / 1e9:.3g} GB"
+    if args.cache:
+        return needed, f"{size}, kept in {args.cache}"
+    if args.steps * args.batch_size < len(splits[0].ids):
+        return {}, f"{size}, computed for every batch: no utterance is trained on twice"
+    if total > allowed:
+        return {}, f"{size}, over {share}: computed for every batch again; --cache DIR keeps them on disk"
+    return needed, f"{size}, kept in memory, where they may take {share}"
 
 
 def _fingerprint(corpus):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -113,6 +114,13 @@ def test_iemocap_is_read_as_it_unpacks(tmp_path):
     assert all(name.startswith("Session2/") for name in folds["2"][2].ids)
     with pytest.raises(FileNotFoundError, match="Session1.*--data"):
         evaluate_er.read_iemocap(str(tmp_path / "Session1"))
+
+
+def test_a_plan_is_for_all_folds(emotions, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        on_cpu(evaluate_er, [*flags(tmp_path / "out", manifest=emotions, upstream="fbank"), "--plan"])
+    assert end.value.code == 0 and not any(tmp_path.iterdir())
+    assert re.match(r"about 0:\d\d:\d\d: states .*, 40 steps .*; 3 probes$", capsys.readouterr().out.splitlines()[-1])
 
 
 def test_training_sees_whole_utterances_and_the_best_step_is_the_most_accurate(emotions, tmp_path, monkeypatch):

@@ -1,12 +1,15 @@
 """evaluate_pr.py as a user runs it: on the synthetic corpus, on real speech where it lies beside the checkout."""
 
 import functools
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -478,6 +481,44 @@ def test_help_documents_every_setting_with_its_default(capsys):
     ):
         assert f"--{flag}" in text
     assert text.count("default: ") >= 12
+
+
+# ---------------------------------------------------------------- what a run would take
+
+
+def planned(program, arguments, capsys):
+    """(the lines of --plan, the seconds it expects of states, steps, scores), by a clock that goes a second at each look."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(probe, "time", types.SimpleNamespace(monotonic=itertools.count().__next__))
+        on_cpu(program, [*arguments, "--plan"])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    clocks = re.fullmatch(r"about \S+: states (\S+), [\d,]+ steps (\S+), scores ([\d:]+).*", lines[-1]).groups()
+    return lines, [sum(int(part) * 60**i for i, part in enumerate(reversed(clock.split(":")))) for clock in clocks]
+
+
+def test_a_plan_says_what_the_run_would_take_from_four_of_its_steps_and_writes_nothing(corpus, tmp_path, capsys):
+    def expected(**more):
+        settings = dict(steps=4000, eval_every=10, batch_size=2) | more
+        return planned(evaluate_pr, flags(corpus, tmp_path / "out", **settings), capsys)
+
+    lines, (states, steps, scores) = expected()
+    assert "kept in memory" in lines[-2] and not any(tmp_path.iterdir())
+    splits = evaluate_pr.read_splits(
+        str(corpus), ["train-clean-100", "dev-clean", "test-clean"], lambda words: ([1], "")
+    )
+    audio = [float(split.samples.sum()) for split in splits]
+    tried = [float(split.some(2).samples.sum()) for split in splits]
+    # A second for the states of two utterances of each split and for their scores, nine for four steps.
+    assert states == pytest.approx(sum(audio) / sum(tried), abs=1) and steps == 4000 * 9 / 4
+    assert scores == pytest.approx((400 * audio[1] + audio[2]) / sum(tried[1:]), abs=1)
+
+    _, (again, longer, more) = expected(steps=8000)
+    assert (again, longer) == (states, 2 * steps) and more > 1.9 * scores
+    lines, (computed, same, _) = expected(cache_memory=0)
+    heard = 4000 * 2 * audio[0] / len(splits[0].ids) + 400 * audio[1] + audio[2]
+    assert "computed for every batch again" in lines[-2]
+    assert same == steps and computed == pytest.approx(heard / sum(tried), abs=1)
 
 
 # ---------------------------------------------------------------- several rates, and states that are chosen

@@ -40,7 +40,9 @@ def test_every_row_is_run_once_carried_on_and_a_failure_is_named(tmp_path):
     (tmp_path / "out" / "concat").mkdir(parents=True)
     (tmp_path / "out" / "concat" / "seed-1").write_text("in the way\n")
     first = reproduce(tmp_path, "--demo", CACHE="kept")
-    assert first.returncode == 1 and "expected: a student of all teachers" in first.stdout
+    assert first.returncode == 1 and "expected:\n  a student of all teachers 0:00" in first.stdout
+    assert "  sid of a teacher 0:00" in first.stdout and "  in all about 0:0" in first.stdout
+    assert "a row's targets and states" in first.stdout
     (failed,) = [line for line in first.stderr.splitlines() if line.startswith("failed")]
     assert failed.split(": ")[1].split(";")[0] == "concat/seed-1"
     assert not any((tmp_path / "kept" / "reproduce").iterdir())  # of each row only while it runs
