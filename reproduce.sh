@@ -151,9 +151,13 @@ if [ ! -e "$OUT/expected" ]; then                    # how fast this machine is,
         exit 2
     fi
     for task in $TASKS; do
-        judge "$task" "${teachers[0]}" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$trial.$task.teacher.log" 2>&1 &&
-            judge "$task" "$trial/student.pt" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$trial.$task.student.log" 2>&1 ||
-            echo "$task cannot be run: $(tail -qn 1 "$trial.$task".*.log | tail -n 1)" >&2
+        for of in teacher student; do
+            upstream=${teachers[0]} log=$trial.$task.$of.log
+            [ $of = teacher ] || upstream=$trial/student.pt
+            judge "$task" "$upstream" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$log" 2>&1 && continue
+            echo "$task cannot be run: $(tail -n 1 "$log")" >&2
+            break
+        done
     done
     PYTHONPATH=$here python - "$trial" "$STEPS" "$seeds" ${#teachers[@]} ${#students[@]} "$CACHE" $TASKS >"$OUT/expected" <<'PYTHON'
 import glob, json, os, re, sys

@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT, environment
 
 
-def reproduce(folder, *flags, **variables):
-    """The finished script, started in `folder`."""
+def command(*flags, **variables):
+    """What Popen takes to start the script."""
     settings = {
         "PROCESSES": "1",
         "STEPS": "2",
@@ -22,8 +22,12 @@ def reproduce(folder, *flags, **variables):
     settings |= {"TEACHERS": f"{ROOT}/demo/hubert.pt,{ROOT}/demo/wavlm.pt", "OUT": "out", "RATES": "1e-2,1e-3"}
     env = environment() | settings | variables
     env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env.get("PATH", os.defpath)])  # `python`
-    command = ["bash", str(ROOT / "reproduce.sh"), *flags]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    return {"args": ["bash", str(ROOT / "reproduce.sh"), *flags], "env": env, "text": True}
+
+
+def reproduce(folder, *flags, **variables):
+    """The finished script, started in `folder`."""
+    return subprocess.run(**command(*flags, **variables), cwd=folder, capture_output=True, timeout=600)
 
 
 def test_what_it_cannot_run_is_one_line(tmp_path):
@@ -64,3 +68,16 @@ def test_every_row_is_run_once_carried_on_and_a_failure_is_named(tmp_path):
 
     other = reproduce(tmp_path, "--demo", STEPS="3")
     assert other.returncode == 2 and "begun with other settings" in other.stderr and other.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_plan_names_a_task_that_cannot_be_run_and_has_the_hours_of_the_others(tmp_path):
+    start = command("--demo", TASKS="er sid", ER="--manifest nowhere.csv")
+    with subprocess.Popen(**start, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as running:
+        lines = []
+        while not lines or not lines[-1].startswith("  in all about"):
+            lines.append(running.stdout.readline())
+            assert lines[-1], lines
+        running.terminate()
+    assert any(line.startswith("er cannot be run: ") and "nowhere.csv" in line for line in lines), lines
+    assert [line.split()[0] for line in lines if " of a teacher " in line] == ["sid"]
