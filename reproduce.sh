@@ -151,10 +151,10 @@ if [ ! -e "$OUT/expected" ]; then                    # how fast this machine is,
         exit 2
     fi
     for task in $TASKS; do
-        for of in teacher student; do
-            upstream=${teachers[0]} log=$trial.$task.$of.log
-            [ $of = teacher ] || upstream=$trial/student.pt
-            judge "$task" "$upstream" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$log" 2>&1 && continue
+        for judged in teacher student; do
+            who=${teachers[0]} log=$trial.$task.$judged.log
+            [ $judged = teacher ] || who=$trial/student.pt
+            judge "$task" "$who" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$log" 2>&1 && continue
             echo "$task cannot be run: $(tail -n 1 "$log")" >&2
             break
         done
