@@ -144,7 +144,8 @@ left[distil]=$((${#students[@]} * seeds))
 for task in $TASKS; do left[$task]=$((rows * seeds)); done
 echo "students, each with seed $SEEDS: ${students[*]}"
 echo "also judged: the teachers, filter banks; on $TASKS; ${left[distil]} distillations and $((rows * seeds)) probes of each task"
-if [ ! -e "$OUT/expected" ]; then                    # how fast this machine is, from a few real steps
+plan=$OUT/expected
+if [ ! -e "$plan" ]; then                            # how fast this machine is, from a few real steps
     trial=$(mktemp -d "$OUT/logs/trial.XXXXXX")
     if ! distil "$trial" --teachers "$TEACHERS" --steps 4 --log-every 1 --save-every 2 >"$trial.log" 2>&1; then
         echo "a trial of 4 steps failed: $(tail -n 1 "$trial.log")" >&2
@@ -156,10 +157,11 @@ if [ ! -e "$OUT/expected" ]; then                    # how fast this machine is,
             [ $judged = teacher ] || who=$trial/student.pt
             judge "$task" "$who" "$trial/none" --plan ${CACHE:+--cache "$CACHE"} >"$log" 2>&1 && continue
             echo "$task cannot be run: $(tail -n 1 "$log")" >&2
+            plan=$trial.expected                     # not kept: the next start tries again
             break
         done
     done
-    PYTHONPATH=$here python - "$trial" "$STEPS" "$seeds" ${#teachers[@]} ${#students[@]} "$CACHE" $TASKS >"$OUT/expected" <<'PYTHON'
+    PYTHONPATH=$here python - "$trial" "$STEPS" "$seeds" ${#teachers[@]} ${#students[@]} "$CACHE" $TASKS >"$plan" <<'PYTHON'
 import glob, json, os, re, sys
 from report import clock
 from student import load_student
@@ -196,7 +198,7 @@ PYTHON
     rm -r "$trial"
 fi
 echo "expected:"
-cat "$OUT/expected"
+cat "$plan"
 
 # ---------------------------------------------------------------- all of it
 

@@ -79,5 +79,6 @@ def test_the_plan_names_a_task_that_cannot_be_run_and_has_the_hours_of_the_other
             lines.append(running.stdout.readline())
             assert lines[-1], lines
         running.terminate()
+    assert not os.path.exists(tmp_path / "out" / "expected")  # the next start tries again
     assert any(line.startswith("er cannot be run: ") and "nowhere.csv" in line for line in lines), lines
     assert [line.split()[0] for line in lines if " of a teacher " in line] == ["sid"]
