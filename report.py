@@ -363,9 +363,8 @@ def heading(task):
     return f"{task[0]} ({task[1]}, {'up' if task[1] == 'accuracy' else 'down'})"
 
 
-def best_row(summaries, task):
-    have = [row for row, tasks in summaries.items() if task in tasks]
-    return (max if task[1] == "accuracy" else min)(have, key=lambda row: summaries[row][task]["score"])
+def best_score(summaries, task):
+    return (max if task[1] == "accuracy" else min)(mine[task]["score"] for mine in summaries.values() if task in mine)
 
 
 def costs(tasks):
@@ -408,7 +407,7 @@ def markdown(rows, summaries, against=None):
     """The table in Markdown, in percent, the best of each task bold; then the differences from the row `against`, those
     whose interval leaves zero out bold."""
     tasks = tasks_of(rows)
-    best = {task: best_row(summaries, task) for task in tasks}
+    best = {task: best_score(summaries, task) for task in tasks}
     head = ["", *map(heading, tasks), "million weights", "s to distil", "s to judge"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
 
@@ -417,7 +416,10 @@ def markdown(rows, summaries, against=None):
         return f"{f'**{text}**' if bold else text} ({100 * interval[0]:.1f} to {100 * interval[1]:.1f})"
 
     for row, mine in summaries.items():
-        found = [cell(mine[t]["score"], mine[t]["interval"], best[t] == row) if t in mine else "-" for t in tasks]
+        found = [
+            cell(mine[t]["score"], mine[t]["interval"], mine[t]["score"] == best[t]) if t in mine else "-"
+            for t in tasks
+        ]
         lines.append(f"| {' | '.join([row, *found, *costs(rows[row])])} |")
     seeds = sorted({one["seeds"] for mine in summaries.values() for one in mine.values()})
     over = f"{seeds[0]} to {seeds[-1]} seeds" if len(seeds) > 1 else f"{seeds[0]} seed{'s' * (seeds[0] > 1)}"
@@ -502,12 +504,12 @@ def draw_scores(rows, summaries, path):
         1, len(tasks), sharey=True, squeeze=False, figsize=(1.6 + 2.1 * len(tasks), 0.9 + 0.24 * len(names))
     )
     for task, panel in zip(tasks, panels[0]):
-        best = best_row(summaries, task)
+        best = best_score(summaries, task)
         for place, row in enumerate(names):
             if task in summaries[row]:
                 mine = summaries[row][task]
                 panel.plot([100 * edge for edge in mine["interval"]], [place] * 2, color="#6b8fc4", linewidth=2)
-                face = "#1f6feb" if row == best else PAPER
+                face = "#1f6feb" if mine["score"] == best else PAPER
                 panel.plot(100 * mine["score"], place, "o", color="#1f6feb", markerfacecolor=face, markersize=5)
         panel.set_title(f"{heading(task)[:-1]}, %)".replace(", down", " ↓").replace(", up", " ↑"), fontsize=9)
         panel.grid(axis="x", color=FAINT, linewidth=0.6)

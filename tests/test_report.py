@@ -146,6 +146,15 @@ def test_the_table_is_written_as_markdown_and_csv_with_the_best_bold(seeds, tmp_
     assert float(lines[2]["difference"]) == pytest.approx(0.1) and lines[0]["difference"] == ""
 
 
+def test_rows_that_share_the_best_score_are_both_bold(tmp_path):
+    for name in ("x", "y"):
+        upstream = {"path": name, "digest": name, "layers": [0, 1]}
+        judged(tmp_path / name / "pr", "phoneme recognition", "PER", [(["a"], ["a"])] * 4, upstream=upstream)
+    report.main([f"{tmp_path}/x/pr", f"{tmp_path}/y/pr", "--to", f"{tmp_path}/t.md"])
+    lines = [line for line in (tmp_path / "t.md").read_text().splitlines() if line.startswith(("| x", "| y"))]
+    assert len(lines) == 2 and all("**0.0**" in line for line in lines)
+
+
 def test_pictures_hold_every_row_and_turn_dark_on_a_dark_page(seeds, tmp_path):
     pytest.importorskip("matplotlib")
     for flag in ("--picture", "--layers"):
