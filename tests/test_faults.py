@@ -134,7 +134,8 @@ def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_one_that_was_not(job
         process.communicate()
         assert process.returncode == -signal.SIGKILL, f"ended by itself before kill {number + 1}"
     done = run("train.py", *flags(job, out, **settings), cwd=job)
-    assert done.returncode == 0 and "resuming after step" in done.stdout, done.stderr
+    # A fast machine may have done the last step before the last kill.
+    assert done.returncode == 0 and ("resuming after step" in done.stdout or ": finished" in done.stdout), done.stderr
     assert_same_run(state(out), state(job / f"spared{kills}"))
     assert [line["step"] for line in metrics(out)] == list(range(1, 20 * kills + 21))
 
