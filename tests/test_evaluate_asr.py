@@ -133,6 +133,13 @@ def test_dropout_follows_each_lstm_in_training_alone():
     assert all((part != 0).all() for part in seen[2:])
 
 
+def test_a_rate_among_several_draws_the_dropout_and_learns_the_weights_that_it_does_alone(asr, tmp_path):
+    out, settings, _ = asr
+    score(tmp_path / "several", **settings | dict(lr="1e-2,1e-3"))
+    alone, several = (torch.load(run / "last.pt", weights_only=True)["probes"] for run in (out, tmp_path / "several"))
+    assert all(torch.equal(weight, several[1][name]) for name, weight in alone[0].items())
+
+
 def test_transcripts_with_other_characters_are_left_out(tmp_path):
     write_audio(tmp_path / "dev" / "1" / "1", [8000, 9000])
     (tmp_path / "dev" / "1" / "1" / "x.trans.txt").write_text("000 DON'T GO\n001 42 TIMES\n")
