@@ -1,15 +1,14 @@
-"""Audio to batches of waveforms: utterances first, their batches, reading, and last how a folder or manifest is found.
+"""Audio files to batches of waveforms: utterances, batches, reading, finding files.
 
-Batches come from a Corpus, however that was made. Works with safe_files.py beside it, torch, torchaudio, numpy and
-soundfile.
+Works with torch, torchaudio, numpy and soundfile alone. All lengths are samples at 16 kHz.
 """
 
+import collections
 import concurrent.futures
-import contextlib
-import hashlib
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -19,349 +18,434 @@ import soundfile
 import torch
 import torchaudio
 
-from safe_files import locked, write_text
-
 SAMPLE_RATE = 16000
-SHORTEST = 400  # samples: the receptive field of one frame
-GRID = 3200  # samples: batches are cut to a multiple of this, so that only a few shapes occur
+MIN_SAMPLES = 400  # the receptive field of one frame
+CROP_MULTIPLE = 3200  # crops have a multiple of these samples, so that few shapes occur
+BATCH_TIMEOUT = 600  # seconds
 LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
-EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"} | {".aif", ".oga", ".opus"}
+EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
+EXTENSIONS |= {".aif", ".oga", ".opus", ".snd", ".sph"}
+UNSUPPORTED = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr", ".3gp", ".ape", ".mka", ".wv"}
+UNREADABLE = (soundfile.SoundFileError, OSError, ValueError)  # what read_audio raises
 
 
-# ---------------------------------------------------------------- utterances
+# ------------------------------------------------------------------ utterances
 
 
 class Corpus:
-    """Utterances and their lengths: what a manifest says.
+    """Utterances: audio files, or pieces of long files.
 
-    root: folder that the paths are relative to; paths: list of str; samples: (utterances,) int64 at 16 kHz.
-    where: what messages name, the root if nothing else.
-    left_out: {path: reason} of the files that cannot be used.
+    root: folder that paths are relative to; paths: per utterance, its file.
+    starts, samples: (utterances,) int64, where the utterance starts in the file, and its length.
+    skipped: {path: reason} of the files that were found but cannot be used.
     """
 
-    def __init__(self, root, paths, samples, where=None):
-        self.root, samples = root, np.asarray(samples, np.int64)
-        usable = samples >= SHORTEST
-        self.paths = [path for path, good in zip(paths, usable) if good]
-        self.samples = samples[usable]
-        self.left_out = {
-            paths[i]: "cannot be read" if samples[i] <= 0 else f"{samples[i]} samples, fewer than {SHORTEST}"
-            for i in np.flatnonzero(~usable)
-        }
-        self.unreadable = int((samples <= 0).sum())
-        check_left_out(self.unreadable, len(paths), where or root)
-        if not self.paths:
-            raise ValueError(f"{where or root}: no audio to train on")
+    def __init__(self, root, paths, starts, samples, skipped=()):
+        self.root, self.paths, self.skipped = root, list(paths), dict(skipped)
+        self.starts = np.asarray(starts, np.int64)
+        self.samples = np.asarray(samples, np.int64)
+        lengths = collections.defaultdict(int)
+        for path, end in zip(self.paths, (self.starts + self.samples).tolist()):
+            lengths[path] = max(lengths[path], end)
+        self.file_samples = [lengths[path] for path in self.paths]
+        self.files = len(lengths)
 
     def __len__(self):
         return len(self.paths)
 
-    def part(self, places):
-        """The Corpus of some of the utterances, in the order of their places."""
-        return Corpus(self.root, [self.paths[place] for place in places], self.samples[places])
+    def __str__(self):
+        return f"{self.files:,} files, {len(self):,} utterances, {self.hours():.2f} hours"
 
     def hours(self):
         return self.samples.sum() / SAMPLE_RATE / 3600
 
-    def fingerprint(self):
-        """Changes with any utterance's path or length, so that a resume notices other data."""
-        digest = hashlib.sha256("\n".join(self.paths).encode("utf-8", "surrogateescape"))
-        digest.update(self.samples.astype("<i8").tobytes())
-        return digest.hexdigest()[:16]
+    def read(self, i, start=0, samples=None):
+        """Samples of utterance i, (samples,) float32. Raises as read_audio does."""
+        if samples is None:
+            samples = int(self.samples[i]) - start
+        path = os.path.join(self.root, self.paths[i])
+        return read_audio(path, int(self.starts[i]) + start, samples, self.file_samples[i])
 
 
-def check_left_out(unreadable, total, where):
-    """Raises ValueError where more than 1% of the files cannot be read: then it is not the files."""
-    if unreadable > 0.01 * total:
-        raise ValueError(f"{where}: {unreadable} of {total} audio files cannot be read, over 1%; mend or remove them")
+def warn_skipped(skipped):
+    """Prints a warning per file, up to twenty. skipped: {path: reason}."""
+    for path in sorted(skipped)[:20]:
+        print(f"warning: skipped {path}: {skipped[path]}", file=sys.stderr, flush=True)
+    if len(skipped) > 20:
+        print(f"warning: skipped {len(skipped) - 20} more files", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------- batches
+def check_skipped(skipped, total):
+    """Raises ValueError if over 1% of `total` files are skipped: then the cause is another."""
+    if len(skipped) > 0.01 * total:
+        path = min(skipped)
+        count = f"{len(skipped)} of {total} audio files cannot be used, over 1%"
+        raise ValueError(f"{count}: {path}: {skipped[path]}")
 
 
-class Batches(torch.utils.data.Dataset):
-    """One item a step: this process's share of the step's batch, every utterance cut to the same length.
+# ------------------------------------------------------------------ batches
 
-    Nothing is padded: utterances of similar length come together and are cut to the shortest of them, rounded down
-    to a multiple of 3,200 samples. Which utterances make up a step, in which order, and where each is cut depend on
-    seed, epoch and utterance alone, never on the number of processes or workers; step n can be had without the
-    steps before it, so that a resume reads nothing twice.
 
-    batch_size: utterances a step over all processes; max_samples: longest cut; grid: cuts begin at its multiples.
-    Raises ValueError where the batch does not divide over the processes or is larger than the corpus.
+class TrainBatches(torch.utils.data.Dataset):
+    """One item per training step: this rank's share of a batch of crops of one length.
+
+    Nothing is padded: a batch has utterances of similar length, cropped to the shortest of them.
+    Utterances, order and crops depend on seed and epoch only, not on the number of ranks or
+    workers, and any step can be computed without the steps before it.
+
+    batch_size: utterances per step, over all ranks. noise: a Noise, for "noisy" waveforms too.
     """
 
-    def __init__(self, corpus, batch_size, max_samples, seed=0, rank=0, world_size=1, grid=1):
-        if batch_size % world_size:
-            raise ValueError(f"a batch of {batch_size} does not divide over {world_size} processes")
+    crop_start_multiple = 1
+
+    def __init__(self, corpus, batch_size, seed=0, rank=0, world_size=1, noise=None):
         if batch_size > len(corpus):
-            raise ValueError(f"a batch of {batch_size} is more than the {len(corpus)} utterances there are")
-        self.corpus, self.batch_size, self.max_samples, self.seed = corpus, batch_size, max_samples, seed
-        self.grid = grid
+            raise ValueError(f"--batch-size {batch_size} is more than the {len(corpus)} utterances")
+        self.corpus, self.batch_size, self.seed = corpus, batch_size, seed
         share = batch_size // world_size
-        self.share = slice(rank * share, (rank + 1) * share)
-        self.steps_an_epoch = len(corpus) // batch_size
-        self.epoch = None
+        self.share = range(rank * share, (rank + 1) * share)
+        self.steps_per_epoch = len(corpus) // batch_size
+        self.epoch, self.noise = None, noise
 
     def plan(self, epoch):
-        """(utterances, cuts, positions) of an epoch.
+        """(utterances, crops, positions) of an epoch.
 
-        utterances: (steps, batch_size) indices into the corpus; cuts: (steps,) samples of the step's waveforms;
-        positions: (utterances of the corpus,) where each is cut, 0 at its start, 1 as late as it fits.
+        utterances: (steps, batch_size) indices; crops: (steps,) samples of each crop;
+        positions: (all utterances,) where each crop starts, 0 is first and 1 last possible.
         """
         rng = np.random.default_rng([self.seed, epoch])
-        used = rng.permutation(len(self.corpus))[: self.steps_an_epoch * self.batch_size]
-        lengths = np.minimum(self.corpus.samples[used], self.max_samples)
-        # Sorted by length give or take 5%: little is cut off, and no two epochs have the same batches.
-        order = np.argsort(lengths * rng.uniform(0.95, 1.05, len(used)), kind="stable")
-        utterances = rng.permutation(used[order].reshape(self.steps_an_epoch, self.batch_size))
-        shortest = np.minimum(self.corpus.samples[utterances].min(axis=1), self.max_samples)
-        cuts = np.where(shortest >= GRID, shortest // GRID * GRID, shortest)
-        return utterances, cuts, rng.random(len(self.corpus))
-
-    def crops(self, step):
-        """(utterances, their first samples, samples of each) of this process's share of a step's batch."""
-        epoch, row = divmod(step, self.steps_an_epoch)
-        if self.epoch != epoch:
-            self.epoch, self.planned = epoch, self.plan(epoch)
-        utterances, cuts, positions = self.planned
-        mine, cut = utterances[row, self.share], int(cuts[row])
-        starts = (positions[mine] * (self.corpus.samples[mine] - cut + 1)).astype(int)
-        return mine, (starts // self.grid * self.grid).tolist(), cut
+        used = rng.permutation(len(self.corpus))[: self.steps_per_epoch * self.batch_size]
+        # Sorted by length with 5% jitter: crops waste little, and batches differ between epochs.
+        order = np.argsort(self.corpus.samples[used] * rng.uniform(0.95, 1.05, len(used)))
+        utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
+        crops = self.corpus.samples[utterances].min(axis=1)
+        crops = np.where(crops >= CROP_MULTIPLE, crops // CROP_MULTIPLE * CROP_MULTIPLE, crops)
+        return utterances, crops, rng.random(len(self.corpus))
 
     def __getitem__(self, step):
-        """This process's share of a step's batch, steps counted from 0, as a dict.
+        """This rank's share of the batch of a step, from 0.
 
-        "waveforms": (share, samples); "paths": [str]; "readable": (share,) bool. An utterance that cannot be read is
-        silent, and named in "left_out": {path: reason}.
+        "waveforms": (share, samples), and what else example() returns; "paths": [str];
+        "skipped": {path: reason} of unreadable utterances, each replaced by the next of the
+        batch. Raises ValueError if none of the batch can be read.
         """
-        mine, starts, cut = self.crops(step)
-        paths = [self.corpus.paths[i] for i in mine]
-        waveforms, left_out = torch.zeros(len(mine), cut), {}
-        for waveform, path, i, start in zip(waveforms, paths, mine, starts):
-            try:
-                expected = int(self.corpus.samples[i])
-                waveform.copy_(read_audio(os.path.join(self.corpus.root, path), start, cut, expected))
-            except (soundfile.SoundFileError, OSError, ValueError) as error:
-                left_out[path] = str(error) or type(error).__name__
-        readable = torch.tensor([path not in left_out for path in paths])
-        return {"waveforms": waveforms, "paths": paths, "readable": readable, "left_out": left_out}
+        epoch, row = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            self.epoch, self.planned = epoch, self.plan(epoch)
+        utterances, crops, positions = self.planned
+        examples, paths, skipped = [], [], {}
+        for place in self.share:
+            for i in np.roll(utterances[row], -place).tolist():
+                try:
+                    examples.append(self.example(epoch, i, positions[i], int(crops[row])))
+                    paths.append(self.corpus.paths[i])
+                    break
+                except UNREADABLE as error:
+                    skipped[self.corpus.paths[i]] = str(error)
+            else:
+                raise ValueError(f"step {step + 1}: no utterance is readable: {list(skipped)}")
+        batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
+        return batch | {"paths": paths, "skipped": skipped}
+
+    def example(self, epoch, i, position, samples):
+        """Tensors by name for one crop of utterance i; subclasses add others."""
+        waveform = self.corpus.read(i, self.crop_start(i, position, samples), samples)
+        if self.noise is None:
+            return {"waveforms": waveform}
+        return {"waveforms": waveform, "noisy": self.noise.mix(waveform, self.seed, epoch, i)}
+
+    def crop_start(self, i, position, samples):
+        start = int(position * (self.corpus.samples[i] - samples + 1))
+        return start // self.crop_start_multiple * self.crop_start_multiple
 
 
-def load_batches(batches, first, last, workers=0, pin_memory=False):
-    """Iterates over the items of steps first..last-1, read ahead by `workers` processes; pinned for a GPU if asked.
+class Noise:
+    """Noise of the audio files under a folder, for students of noisy speech.
 
-    Raises RuntimeError, as torch does, where one of these processes dies, however that shows.
+    snr: lowest and highest signal-to-noise ratio in dB, over the crop, drawn uniformly.
+    probability: of a waveform to be mixed at all.
+    Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
+    """
+
+    def __init__(self, folder, snr, probability=1.0):
+        self.corpus = find_corpus(folder, ["."])
+        self.snr, self.probability = snr, probability
+
+    def mix(self, waveform, *numbers):
+        """(samples,) with a random stretch of noise added, drawn from the numbers only.
+
+        Noise that is shorter than the waveform is repeated; a silent stretch adds nothing.
+        """
+        rng = np.random.default_rng(numbers)
+        if rng.random() >= self.probability:
+            return waveform
+        i = int(rng.integers(len(self.corpus)))
+        start = int(rng.integers(max(1, self.corpus.samples[i] - len(waveform) + 1)))
+        length = min(len(waveform), int(self.corpus.samples[i]))
+        noise = self.corpus.read(i, start, length)
+        if length < len(waveform):
+            noise = noise.roll(int(rng.integers(length)))
+            noise = noise.repeat(-(-len(waveform) // length))[: len(waveform)]
+        snr = torch.tensor(rng.uniform(*self.snr))
+        if not noise.any():
+            return waveform
+        return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype)
+
+
+def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
+    """Yields the dataset's items of `steps`, prepared ahead by `workers` processes.
+
+    stop: a runs.StopSignal; if it is received while no batch arrives, the program exits.
+    Raises RuntimeError if a worker dies, or if no batch arrives within ten minutes.
     """
     loader = torch.utils.data.DataLoader(
-        batches,
+        dataset,
         batch_size=None,
-        sampler=range(first, last),
+        sampler=steps,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_parent,
+        timeout=5 if workers else 0,
+        worker_init_fn=ignore_signals,
     )
-    return _watched(iter(loader))  # iter draws a random number: now, not at a moment that a seed is meant for
+    batches, waited = iter(loader), 0
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited += 5
+            if "timed out" not in str(error):
+                raise
+            if stop and stop.number:
+                print("stopped while waiting for a batch; the same command resumes", flush=True)
+                raise SystemExit(128 + stop.number) from None
+            if waited >= BATCH_TIMEOUT:
+                causes = "a stuck disk, or little shared memory: docker --shm-size, or --workers 0"
+                raise RuntimeError(f"no batch for {waited} s: {causes}") from None
+            continue
+        waited = 0
+        yield batch
 
 
-def _watched(loader):
-    try:
-        yield from loader
-    except (OSError, EOFError) as error:  # memory that it shared went with it
-        raise RuntimeError(f"DataLoader worker: {error or type(error).__name__}") from error
-
-
-def _leave_signals_to_the_parent(worker):
-    # Ctrl-C and SIGTERM reach every process of a job; the parent finishes its step first, and needs the batch.
+def ignore_signals(worker):
+    """The main process finishes its step after SIGTERM or Ctrl-C, and needs its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-# ---------------------------------------------------------------- reading
+def check_shared_memory(batch_bytes, workers):
+    """Raises ValueError if /dev/shm is too small for the batches that workers prepare."""
+    needed = 2 * workers * batch_bytes  # DataLoader's prefetch_factor is 2
+    if needed and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
+        free = f"of {shutil.disk_usage('/dev/shm').free / 1e6:.0f} MB in /dev/shm"
+        remedy = "use fewer, or docker run --shm-size=2g"
+        raise ValueError(f"--workers {workers} need {needed / 1e6:.0f} MB {free}; {remedy}")
+
+
+# ------------------------------------------------------------------ reading
+
+
+def encoded(path):
+    """A path as soundfile takes it, even if it is not UTF-8."""
+    return path if os.name == "nt" else os.fsencode(path)
 
 
 def resampled_length(samples, rate):
-    """Samples at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample gives them."""
+    """Length at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample returns it."""
     return -(-samples * SAMPLE_RATE // rate)
 
 
-def _name(path):
-    """As soundfile takes it: a name that is not UTF-8 too."""
-    return os.fspath(path) if os.name == "nt" else os.fsencode(path)
+def read_length(path):
+    """(samples, rate in Hz) of an audio file, from its header.
 
-
-def read_audio(path, start=0, samples=None, expected=None):
-    """(samples,) float32 at 16 kHz, channels averaged, from sample `start` on (both counted at 16 kHz).
-
-    expected: how long the file was when it was scanned, in samples at 16 kHz.
-    At 16 kHz only what is asked for is read from disk; other rates are read whole and resampled.
-    Raises soundfile.SoundFileError or OSError where the file cannot be read, ValueError where it ends too early, is
-    not as long as expected, or holds numbers that are not finite.
+    Raises one of UNREADABLE, also for headers without a length: ffmpeg and others write 0 or
+    2^63 - 1 if they write to a pipe.
     """
-    with soundfile.SoundFile(_name(path)) as file:
+    info = soundfile.info(encoded(path))
+    if not 0 < info.frames < 10_000 * os.path.getsize(path):
+        raise ValueError(f"a length of {info.frames} samples in its header; write the file anew")
+    return info.frames, info.samplerate
+
+
+def read_audio(path, start=0, samples=None, file_samples=None):
+    """(samples,) float32, channels averaged, from sample `start` on; at 16 kHz.
+
+    Of a file at another rate, only the samples and the resampling filter's margin are read.
+    file_samples: length of the file when it was found.
+    Raises one of UNREADABLE if the file cannot be read, has changed its length, ends too early
+    or has samples that are not finite.
+    """
+    with soundfile.SoundFile(encoded(path)) as file:
         rate = file.samplerate
-        if expected is not None and resampled_length(file.frames, rate) != expected:
-            raise ValueError(f"has changed: {resampled_length(file.frames, rate)} samples, {expected} before")
-        if rate == SAMPLE_RATE:
-            file.seek(min(start, file.frames))
-            audio = file.read(-1 if samples is None else samples, dtype="float32", always_2d=True)
-        elif math.gcd(rate, SAMPLE_RATE) < 25:  # the resampling filter grows to gigabytes
-            raise ValueError(f"a sample rate of {rate} Hz")
-        else:
-            audio = file.read(dtype="float32", always_2d=True)
+        length = resampled_length(file.frames, rate)
+        if file_samples not in (None, length):
+            raise ValueError(f"has {length} samples at 16 kHz, had {file_samples} when found")
+        if samples is None:
+            samples = length - start
+        divisor = math.gcd(rate, SAMPLE_RATE)
+        if divisor < 25:
+            raise ValueError(f"a rate of {rate} Hz: its resampling filter takes gigabytes")
+        # Resampling maps blocks of `down` samples to blocks of `up`; ten hold the whole filter.
+        up, down = SAMPLE_RATE // divisor, rate // divisor
+        margin = 0 if rate == SAMPLE_RATE else 10
+        first = max(0, start // up - margin)
+        last = (start + samples) // up + 1 + margin
+        file.seek(min(first * down, file.frames))
+        audio = file.read((last - first) * down, dtype="float32", always_2d=True)
     audio = torch.from_numpy(audio.mean(axis=1))
-    if rate != SAMPLE_RATE:
-        audio = torchaudio.functional.resample(audio, rate, SAMPLE_RATE) if len(audio) else audio
-        audio = audio[start : None if samples is None else start + samples]
-    if samples is not None and len(audio) < samples:
+    if rate != SAMPLE_RATE and len(audio):
+        audio = torchaudio.functional.resample(audio, rate, SAMPLE_RATE)
+    audio = audio[start - first * up :][:samples]
+    if len(audio) < samples:
         raise ValueError(f"ends after {start + len(audio)} of {start + samples} samples")
     if not torch.isfinite(audio).all():
-        raise ValueError("holds samples that are not finite")
+        raise ValueError("has samples that are not finite")
     return audio
 
 
-# ---------------------------------------------------------------- finding utterances
+# ------------------------------------------------------------------ finding files
 
 
-def find_corpus(data, splits=LIBRISPEECH_960):
-    """The Corpus of a folder's sub-folders `splits`, or of a fairseq manifest.
+def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
+    """The Corpus of a folder's sub-folders `splits`, or of a manifest (.tsv).
 
-    data: a folder, or a `.tsv` whose first line is the root folder, from the manifest's own where it is relative, and
-        every other one `path<tab>samples`. A folder's headers are read in threads, and the lengths kept as such a
-        manifest in torch.hub's cache: only files that are new, have changed, or could not be read are looked at again.
-        One process a machine scans while the others wait.
-    splits: sub-folders of `data`; "." is the folder itself.
-    Raises FileNotFoundError and ValueError with one line.
+    Files longer than max_seconds become equal pieces of at most that; files shorter than a frame
+    are skipped. "." as split is the whole folder. Raises FileNotFoundError and ValueError.
     """
-    if str(data).endswith(".tsv"):
-        if not os.path.isfile(data):
-            raise FileNotFoundError(f"{data}: no such manifest; give a folder of audio or a .tsv")
-        return Corpus(*read_manifest(data), where=data)
-    folders = [os.path.join(data, split) for split in splits]
-    if not os.path.isdir(data):
-        raise FileNotFoundError(f"{data}: no such folder of audio; README says how LibriSpeech is downloaded")
-    for folder in folders:
-        if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder}: no such split; the splits are sub-folders of {data}")
-
-    root = os.path.realpath(data)
-    name = hashlib.sha256("\n".join([root, *splits]).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    cache = os.path.join(torch.hub.get_dir(), "ekd-manifests")
-    os.makedirs(cache, exist_ok=True)
-    manifest = os.path.join(cache, f"{os.path.basename(root)}-{name}.tsv")
-    with locked(manifest + ".lock"):
-        started, known = time.time(), _known_lengths(manifest, root)
-        found = {path for split in splits for path in _audio_files(root, split)}
-        unlisted = {path for path in found if "\n" in path or "\r" in path}  # a manifest has one path a line
-        paths = sorted(found - unlisted)
-        if not paths:
-            raise ValueError(f"{data}: no audio files in {', '.join(splits)}")
-        new = [path for path in paths if path not in known]
-        known |= zip(new, read_lengths(root, new))
-        corpus = Corpus(root, paths, [known[path] for path in paths], where=data)  # a scan that is refused is not kept
-        if new:
-            write_manifest(manifest, root, paths, [known[path] for path in paths])
-            # What changed during the scan, by a clock that lags a little, counts as newer.
-            os.utime(manifest, (started - 0.05, started - 0.05))
-    corpus.left_out |= dict.fromkeys(sorted(unlisted), "a line break in its name")
-    return corpus
-
-
-def _known_lengths(manifest, root):
-    """{path: samples} of the files in a kept manifest that could be read and have not changed since."""
-    try:
-        written, (_, paths, samples) = os.path.getmtime(manifest), read_manifest(manifest)
-    except (OSError, ValueError):
-        return {}
-
-    def unchanged(part):
-        found = {}
-        for path, length in part:
-            with contextlib.suppress(OSError):
-                about = os.stat(os.path.join(root, path))
-                if length > 0 and max(about.st_mtime, about.st_ctime) < written:
-                    found[path] = length
-        return found
-
-    known, listed = {}, list(zip(paths, samples))
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # a network disk answers many questions at once
-        for found in pool.map(unchanged, [listed[i : i + 1000] for i in range(0, len(listed), 1000)]):
-            known |= found
-    return known
-
-
-def read_manifest(path):
-    """(root, paths, samples) of a fairseq manifest. Raises ValueError naming the line that is not `path<tab>samples`."""
-    paths, samples = [], []
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        root = os.path.join(os.path.dirname(path), file.readline().rstrip("\r\n"))
-        for number, line in enumerate(file, start=2):
-            name, tab, count = line.rstrip("\r\n").rpartition("\t")
-            if not tab or not re.fullmatch("[0-9]{1,15}", count):
-                raise ValueError(f"{path}, line {number}: not 'path<tab>samples' but {line.strip()[:60]!r}")
-            paths.append(name)
-            samples.append(int(count))
+    corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
+    longest = int(corpus.samples.max())
+    if max_seconds:
+        longest = int(max_seconds * SAMPLE_RATE)
+    if max_seconds and longest < MIN_SAMPLES:
+        raise ValueError(f"--max-seconds {max_seconds} is less than one frame, 0.025")
+    paths, starts, samples = [], [], []
+    for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
+        if length < MIN_SAMPLES:
+            corpus.skipped[path] = f"{length} samples, shorter than a frame"
+            continue
+        pieces = -(-length // longest)
+        edges = start + np.arange(pieces + 1) * length // pieces
+        paths += [path] * pieces
+        starts += edges[:-1].tolist()
+        samples += np.diff(edges).tolist()
     if not paths:
-        raise ValueError(f"{path}: an empty manifest")
-    return root, paths, samples
+        raise ValueError(f"{data}: no audio to train on")
+    warn_skipped(corpus.skipped)
+    return Corpus(corpus.root, paths, starts, samples, corpus.skipped)
 
 
-def write_manifest(path, root, paths, samples):
-    """Writes a fairseq manifest; a file that cannot be read has 0 samples. samples: at 16 kHz."""
-    lines = (f"{name}\t{count}\n" for name, count in zip(paths, samples))
-    write_text(path, "".join([f"{root}\n", *lines]))
-
-
-def read_lines(path):
-    """(number from 1, line) of every line that is not empty. Raises FileNotFoundError and ValueError naming the file."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return [(number, line) for number, line in enumerate(file, start=1) if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text in UTF-8") from None
+def scan(folder, splits):
+    """The Corpus of the audio files under sub-folders of a folder, lengths from their headers."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"{folder}: no such folder (--data); README has LibriSpeech's download"
+        )
+    root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
+    for split in splits:
+        if not os.path.isdir(os.path.join(root, split)):
+            message = f"no such split (--splits), a sub-folder of {folder}"
+            raise FileNotFoundError(f"{os.path.join(folder, split)}: {message}")
+        for path in files_under(root, split):
+            ending = os.path.splitext(path)[1].lower()
+            if ending in EXTENSIONS:
+                found.add(path)
+            elif ending in UNSUPPORTED:
+                unsupported[ending] += 1
+    if unsupported:
+        counts = ", ".join(f"{count} {ending}" for ending, count in unsupported.items())
+        print(f"warning: {folder}: not read, convert to FLAC: {counts}", file=sys.stderr)
+    if not found:
+        raise ValueError(f"{folder}: no audio files in {', '.join(splits)}")
+    lengths, unreadable = read_lengths(root, sorted(found))
+    check_skipped(unreadable, len(found))
+    return Corpus(root, lengths, [0] * len(lengths), list(lengths.values()), unreadable)
 
 
 def files_under(root, folder):
-    """Paths relative to `root` of all files under its sub-folder; folders behind links too, each once."""
-    seen = set()
+    """Paths relative to `root` of all files under its sub-folder; links are followed.
+
+    Names that begin with a dot are ignored, such as macOS's ._x.flac.
+    """
+    visited = set()
     for place, folders, names in os.walk(os.path.join(root, folder), followlinks=True):
-        folders[:] = [f for f in folders if not _seen(os.path.join(place, f), seen)]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if os.path.realpath(place) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(place))
         for name in names:
-            yield os.path.normpath(os.path.join(os.path.relpath(place, root), name))
-
-
-def _audio_files(root, split):
-    for path in files_under(root, split):
-        name = os.path.basename(path)
-        if os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith("."):
-            yield path
-
-
-def _seen(folder, seen):
-    real = os.path.realpath(folder)
-    known = real in seen
-    seen.add(real)
-    return known
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(place, name), root)
 
 
 def read_lengths(root, paths):
-    """Samples at 16 kHz of each file, from its header; 0 where it cannot be read."""
+    """({path: samples}, {path: why it cannot be read})."""
+    lengths, unreadable, printed = {}, {}, time.monotonic()
 
     def length(path):
         try:
-            info = soundfile.info(_name(os.path.join(root, path)))
-            return resampled_length(info.frames, info.samplerate)
-        except (soundfile.SoundFileError, OSError, ValueError, TypeError):
-            return 0
+            if re.search(r"[\t\r\n]", path):
+                return "a tab or line break in its name"
+            return resampled_length(*read_length(os.path.join(root, path)))
+        except (*UNREADABLE, TypeError) as error:
+            return f"cannot be read: {error}"
 
-    lengths, shown = [], time.monotonic()
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        for samples in pool.map(length, paths):
-            lengths.append(samples)
-            if time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                print(f"scanning {root}: {len(lengths):,} of {len(paths):,} files", file=sys.stderr, flush=True)
-    return lengths
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # for network disks
+        for number, (path, found) in enumerate(zip(paths, pool.map(length, paths)), start=1):
+            (unreadable if isinstance(found, str) else lengths)[path] = found
+            if time.monotonic() - printed > 10:
+                printed = time.monotonic()
+                print(f"scanning {root}: {number:,} of {len(paths):,} files", flush=True)
+    return lengths, unreadable
+
+
+def read_manifest(path, moved_root=None):
+    """The Corpus of a fairseq manifest: a root folder, then lines of `path<tab>samples`.
+
+    With three columns the second is the first sample, for pieces of files. A relative root is
+    relative to the manifest; moved_root replaces the root if it is a folder.
+    Raises FileNotFoundError and ValueError.
+    """
+    rows = []
+    for number, line in read_lines(path):
+        name, *numbers = line.rstrip("\r\n").split("\t")
+        if number == 1:
+            root = os.path.join(os.path.dirname(path), name)
+        elif len(numbers) in (1, 2) and all(re.fullmatch("[0-9]{1,15}", text) for text in numbers):
+            rows.append((name, int(numbers[0]) if len(numbers) == 2 else 0, int(numbers[-1])))
+        else:
+            raise ValueError(
+                f"{path}, line {number}: not 'path<tab>samples': {line.strip()[:60]!r}"
+            )
+    if not rows:
+        raise ValueError(f"{path}: an empty manifest")
+    if moved_root and os.path.isdir(moved_root):
+        root = os.path.realpath(moved_root)
+    corpus = Corpus(root, *zip(*rows))
+    # fairseq's wav2vec_manifest.py counts samples at the rate of the file: look at a hundred.
+    for i in np.unique(np.linspace(0, len(corpus) - 1, 100).astype(int)):
+        try:
+            samples, rate = read_length(os.path.join(root, corpus.paths[i]))
+        except UNREADABLE:
+            continue  # will be skipped with a warning
+        if rate != SAMPLE_RATE and samples == corpus.file_samples[i]:
+            cause = f"{corpus.paths[i]} is counted at {rate} Hz, not 16 kHz"
+            raise ValueError(f"{path}: {cause}; give --data the folder")
+    return corpus
+
+
+def write_manifest(path, corpus):
+    """Writes a Corpus for read_manifest, with three columns."""
+    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(f"{corpus.root}\n")
+        for name, start, samples in zip(corpus.paths, corpus.starts, corpus.samples):
+            file.write(f"{name}\t{start}\t{samples}\n")
+
+
+def read_lines(path):
+    """[(number from 1, line)] of the lines of a text that are not blank."""
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        return [(number, line) for number, line in enumerate(file, start=1) if line.strip()]

@@ -1,14 +1,16 @@
-"""The network that HuBERT, WavLM, wav2vec 2.0, data2vec and the student are: waveforms to every layer's hidden states.
+"""The encoder shared by HuBERT, WavLM, wav2vec 2.0, data2vec, DistilHuBERT and the student.
 
-    encoder = SpeechEncoder(EncoderConfig())                       # HuBERT Base's sizes, random weights
-    states = encoder(waveforms, lengths, layers=[4, 8, 12])        # three tensors (batch, frames, dim)
+    encoder = SpeechEncoder(EncoderConfig())                   # HuBERT Base, random weights
+    states = encoder(waveforms, lengths, layers=[4, 8, 12])    # three of (batch, frames, dim)
 
-Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900, wav2vec 2.0 arXiv:2006.11477, data2vec arXiv:2202.03555. Names follow bshall/hubert; the computation is that of fairseq's
-HuBERT and Microsoft's WavLM, with one departure: padding never leaks. Works alone, with nothing but torch.
+Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900, wav2vec 2.0 arXiv:2006.11477,
+data2vec arXiv:2202.03555, DistilHuBERT arXiv:2110.01900. Module names follow bshall/hubert.
+Equal to the official code, except that padding never changes an utterance. Needs torch alone.
 """
 
 import dataclasses
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -17,57 +19,43 @@ from torch import nn
 
 @dataclasses.dataclass
 class EncoderConfig:
-    """Sizes of a SpeechEncoder. The defaults are HuBERT Base.
+    """Sizes of a SpeechEncoder. The defaults are HuBERT Base."""
 
-    conv_layers: (channels, kernel, stride) of each convolution, in samples of the layer below.
-    conv_norm: "group" normalises each channel over time after the first convolution (Base),
-        "layer" normalises over channels after every convolution (Large).
-    pre_norm: LayerNorm before (Large) or after (Base) attention and feed-forward.
-    projection_norm: LayerNorm before the projection (DistilHuBERT has none).
-    pos_depth: 0 for HuBERT's one positional convolution, or how many plain ones with a norm each (data2vec: 5).
-    relative_buckets: 0, or the number of WavLM's relative position buckets (320).
-    normalize: the network was trained on waveforms of zero mean and unit variance.
-    weight_norm: keep the positional convolution's weight normalisation (a student in training).
-    dropout: of hidden states, attention and feed-forward, while training.
-    conv_gradient_scale: factor on the gradient that reaches the convolutions (DistilHuBERT: 0.1).
-    """
-
+    # (channels, kernel, stride) per convolution
     conv_layers: tuple = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
-    conv_norm: str = "group"
+    conv_norm: str = "group"  # after the first convolution, or "layer" after each (Large)
     conv_bias: bool = False
-    projection: bool = True
+    projection: bool = True  # from the channels of the last convolution to dim
+    projection_norm: bool = True  # LayerNorm before the projection (False in DistilHuBERT)
     dim: int = 768
     ffn_dim: int = 3072
     heads: int = 12
     layers: int = 12
-    pre_norm: bool = False
+    pre_norm: bool = False  # LayerNorm before attention and feed-forward (Large), else after
     pos_kernel: int = 128
     pos_groups: int = 16
-    relative_buckets: int = 0
-    relative_distance: int = 800
+    pos_depth: int = 0  # number of positional convolutions in data2vec's form, 0 for HuBERT's
+    relative_buckets: int = 0  # for WavLM's relative positions (320), 0 without
+    relative_distance: int = 800  # from which on all keys share a bucket
     relative_gate: bool = True
-    normalize: bool = False
-    weight_norm: bool = False
-    dropout: float = 0.0
-    conv_gradient_scale: float = 1.0
-    projection_norm: bool = True
-    pos_depth: int = 0
-
-    def __post_init__(self):
-        self.conv_layers = tuple(tuple(layer) for layer in self.conv_layers)
+    normalize: bool = False  # waveforms to zero mean and unit variance
+    weight_norm: bool = False  # of the positional convolution, for training
+    dropout: float = 0.0  # of hidden states, attention and feed-forward, in training mode
+    conv_gradient_scale: float = 1.0  # of the gradient into the convolutions
 
 
 class SpeechEncoder(nn.Module):
-    """Waveforms to hidden states: convolutions, a projection, a positional convolution, Transformer layers.
-
-    HuBERT, WavLM (with `relative_buckets`) and the student are this network at their own sizes.
-    """
+    """Waveforms to hidden states: convolutions, projection, positions, Transformer layers."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         self.feature_extractor = FeatureExtractor(config)
-        self.feature_projection = FeatureProjection(config)
+        channels = config.conv_layers[-1][0]
+        norm = nn.LayerNorm(channels) if config.projection_norm else nn.Identity()
+        projection = nn.Linear(channels, config.dim) if config.projection else nn.Identity()
+        self.feature_projection = nn.Sequential(OrderedDict(norm=norm, projection=projection))
+        self.feature_projection.apply(init_linear)
         self.positional_embedding = PositionalEmbedding(config)
         self.norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -76,193 +64,177 @@ class SpeechEncoder(nn.Module):
             self.relative_position = nn.Embedding(config.relative_buckets, config.heads)
 
     def frames(self, samples):
-        """Number of frames that `samples` (int or integer tensor, at 16 kHz) give; 0 below 400 samples at Base's sizes.
+        """Number of frames of `samples`, an int or integer tensor; 0 below 400 in Base.
 
-        An utterance's frames are those whose receptive field lies wholly inside it.
+        A frame's receptive field lies within the utterance: convolutions have no padding.
         """
         for _, kernel, stride in self.config.conv_layers:
             samples = (samples - kernel) // stride + 1
         return samples.clamp(min=0) if torch.is_tensor(samples) else max(samples, 0)
 
     def forward(self, waveforms, lengths=None, layers=None):
-        """Hidden states of the layers asked for; computing stops at the highest of them.
+        """The requested hidden states; layers above the highest are not computed.
 
         waveforms: (batch, samples) at 16 kHz, in -1..1.
-        lengths: samples of each utterance, (batch,) tensor or list, for a padded batch. An utterance's states are then
-            those it has alone (official code leaks: its first GroupNorm and its positional convolution see the
-            padding), and 0 beyond its end. None, or all as long as the batch: nothing is padded, no mask is built.
-            A tensor on a GPU is believed: a look at it would make the host wait for the device.
-        layers: which hidden states, in this order. 0 is the input of layer 1, None means 0..N. With pre_norm
-            (Large) state N is taken after the final LayerNorm, as fairseq and transformers give it.
-        Returns a list of (batch, frames, dim), in the precision of the weights (or autocast's).
-        Raises ValueError for a layer that does not exist, for lengths that do not fit the batch, and for an
-        utterance too short to give one frame.
+        lengths: (batch,) samples per utterance, a tensor or a list, or None without padding.
+            The states of a padded utterance are those that it has alone, and 0 in the padding.
+        layers: numbers of hidden states, in any order, or None for all. State 0 is the input of
+            layer 1. With pre_norm the last state includes the final LayerNorm.
+        Returns a list of (batch, frames, dim), in the precision of the weights or of autocast.
+        Raises ValueError for an unknown layer, wrong shapes, or an utterance below one frame.
         """
         config = self.config
-        layers = list(range(config.layers + 1)) if layers is None else list(layers)
-        if any(not 0 <= layer <= config.layers for layer in layers):
-            raise ValueError(f"layers {layers}: this encoder has hidden states 0 to {config.layers}")
-        if waveforms.dim() != 2 or self.frames(waveforms.shape[1]) < 1:
-            shape = tuple(waveforms.shape)
-            raise ValueError(f"waveforms of shape {shape}: not (batch, samples) with at least one frame's samples")
+        layers = list(range(config.layers + 1)) if layers is None else layers
+        if not all(0 <= layer <= config.layers for layer in layers):
+            raise ValueError(f"layers {layers}: this encoder has states 0 to {config.layers}")
+        lengths = self.check_lengths(waveforms, lengths)
         if lengths is not None:
-            lengths = self._where_padded(lengths, waveforms)
-        if lengths is not None:
-            waveforms = waveforms.masked_fill(~_valid(lengths, waveforms.shape[1]), 0)
-
+            waveforms = waveforms.masked_fill(padding_mask(lengths, waveforms.shape[1]), 0)
         if config.normalize:
-            waveforms = _normalize(waveforms, lengths)
+            waveforms = normalize(waveforms[:, None], lengths)[:, 0]
+
         x = self.feature_extractor(waveforms.to(self.norm.weight.dtype), lengths)
         if config.conv_gradient_scale != 1 and x.requires_grad:
-            x = ScaleGradient.apply(x, config.conv_gradient_scale)
+            # The value stays x; the gradient is multiplied by the scale.
+            x = torch.lerp(x.detach(), x, config.conv_gradient_scale)
         x = self.feature_projection(x)
 
-        valid = attention_mask = bias = None
+        frames = x.shape[1]
+        keys = (frames + 7) // 8 * 8  # attention kernels on a GPU need rows of a multiple of 8
+        padding = mask = bias = None
         if lengths is not None:
-            valid = _valid(self.frames(lengths), x.shape[1])[:, :, None]
-            # The positional convolution must see past an utterance's end what it sees past the batch's: zeros.
-            x = x.masked_fill(~valid, 0)
-            attention_mask = _valid(self.frames(lengths), _eights(x.shape[1]))[:, None, None]
-        x = x + self.positional_embedding(x, valid)
+            padding = padding_mask(self.frames(lengths), frames)[:, :, None]
+            mask = ~padding_mask(self.frames(lengths), keys)[:, None, None]
+        if config.relative_buckets:
+            bias = self.position_bias(frames, keys)
+
+        x = x + self.positional_embedding(x, padding)
         if not config.pre_norm:
             x = self.norm(x)
         x = self.dropout(x)
-
-        if config.relative_buckets:
-            bias = self.position_bias(x.shape[1])
         states = {0: x}
-        for number, layer in enumerate(self.layers[: max([0, *layers])], start=1):
-            x = layer(x, attention_mask, bias)
+        for number, layer in enumerate(self.layers[: max(layers, default=0)], start=1):
+            x = layer(x, mask, bias)
             if number in layers:
                 states[number] = x
         if config.pre_norm and config.layers in layers:
             states[config.layers] = self.norm(x)
-        if valid is not None:
-            states = {number: state.masked_fill(~valid, 0) for number, state in states.items()}
+        if padding is not None:
+            states = {number: state.masked_fill(padding, 0) for number, state in states.items()}
         return [states[layer] for layer in layers]
 
-    def _where_padded(self, lengths, waveforms):
-        """lengths on the waveforms' device, or None where they pad nothing. Raises ValueError where they do not fit."""
-        if torch.is_tensor(lengths) and lengths.device.type != "cpu":
-            return lengths.to(waveforms.device)
-        numbers, (batch, samples) = lengths.tolist() if torch.is_tensor(lengths) else list(lengths), waveforms.shape
-        if len(numbers) != batch or max(numbers) > samples:
-            raise ValueError(f"lengths {numbers} do not fit waveforms of shape {(batch, samples)}")
-        if min(map(self.frames, numbers)) < 1:
-            raise ValueError(f"lengths {numbers}: an utterance is too short for one frame")
-        return torch.tensor(numbers, device=waveforms.device) if min(numbers) < samples else None
+    def check_lengths(self, waveforms, lengths):
+        """The lengths on the waveforms' device, or None if nothing is padded.
 
-    def position_bias(self, frames):
-        """WavLM's relative position bias, (heads, query frames, key frames), the same for every layer before its gate.
+        Lengths on a GPU are not checked, which would force a sync.
+        """
+        batch, samples = waveforms.shape
+        if self.frames(samples) < 1:
+            raise ValueError(f"waveforms of {samples} samples are too short for one frame")
+        if lengths is None or (torch.is_tensor(lengths) and lengths.device.type != "cpu"):
+            return lengths
+        lengths = torch.as_tensor(lengths)
+        if len(lengths) != batch or lengths.max() > samples or self.frames(lengths).min() < 1:
+            expected = f"{batch} lengths of one frame to {samples} samples"
+            raise ValueError(f"lengths {lengths.tolist()}: expected {expected}")
+        return lengths.to(waveforms.device) if lengths.min() < samples else None
 
-        There are keys up to a multiple of eight, of which attention takes its own: a GPU's kernels want rows so long.
-        Distances fall into buckets: exact when small, wider as a logarithm grows.
+    def position_bias(self, frames, keys):
+        """WavLM's relative position bias before its gate, (heads, frames, keys).
+
+        One value per head and bucket. Half of the buckets are for keys after the query. Short
+        distances have a bucket each; the others' buckets grow logarithmically.
         Source: arXiv:2110.13900; compute_bias in Microsoft's wavlm/modules.py.
         """
         device = self.relative_position.weight.device
-        buckets, distance = self.config.relative_buckets // 2, torch.arange(1 - frames, frames, device=device)
-        exact, far = buckets // 2, distance.abs().clamp(min=1).float()
-        far = torch.log(far / exact) / math.log(self.config.relative_distance / exact) * (buckets - exact)
-        far = (far.long() + exact).clamp(max=buckets - 1)
-        bucket = torch.where(distance.abs() < exact, distance.abs(), far) + (distance > 0) * buckets
-        by_distance = self.relative_position(bucket).t()  # one value for each key - query, -(frames-1)..frames-1
-        position = torch.arange(_eights(frames), device=device).clamp(max=frames - 1)
-        return by_distance[:, position[None, :] - position[:frames, None] + frames - 1]
+        buckets = self.config.relative_buckets // 2
+        exact = buckets // 2  # number of distances with a bucket each
+        offset = torch.arange(1 - frames, frames, device=device)  # key - query
+        distance = offset.abs()
+        growth = torch.log(distance.clamp(min=1).float() / exact)
+        growth = growth / math.log(self.config.relative_distance / exact)
+        shared = exact + (growth * (buckets - exact)).long()
+        bucket = torch.where(distance < exact, distance, shared.clamp(max=buckets - 1))
+        bias = self.relative_position(bucket + (offset > 0) * buckets).t()  # (heads, offsets)
+        query = torch.arange(frames, device=device)[:, None]
+        key = torch.arange(keys, device=device).clamp(max=frames - 1)
+        return bias[:, key - query + frames - 1]
 
 
 class FeatureExtractor(nn.Module):
-    """The convolutions: (batch, samples) to (batch, frames, channels), one frame every 320 samples at Base's sizes."""
+    """Convolutions: (batch, samples) to (batch, frames, channels), in Base 320 samples a frame."""
 
     def __init__(self, config):
         super().__init__()
-        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        below = 1
+        self.convs = nn.ModuleList()
+        self.norms = nn.ModuleList()
+        inputs = 1
         for i, (channels, kernel, stride) in enumerate(config.conv_layers):
-            self.convs.append(nn.Conv1d(below, channels, kernel, stride, bias=config.conv_bias))
-            nn.init.kaiming_normal_(self.convs[-1].weight)
+            self.convs.append(nn.Conv1d(inputs, channels, kernel, stride, bias=config.conv_bias))
+            nn.init.kaiming_normal_(self.convs[i].weight)
             if config.conv_norm == "layer":
                 self.norms.append(nn.LayerNorm(channels))
-            elif i == 0:
-                self.norms.append(nn.GroupNorm(channels, channels))
             else:
-                self.norms.append(nn.Identity())
-            below = channels
+                self.norms.append(nn.Identity() if i else nn.GroupNorm(channels, channels))
+            inputs = channels
 
     def forward(self, waveforms, lengths=None):
-        x = waveforms.unsqueeze(1)
+        x = waveforms[:, None]
         for conv, norm in zip(self.convs, self.norms):
             x = conv(x)
             if lengths is not None:
                 lengths = (lengths - conv.kernel_size[0]) // conv.stride[0] + 1
             if isinstance(norm, nn.LayerNorm):
                 x = norm(x.transpose(1, 2)).transpose(1, 2)
-            elif isinstance(norm, nn.GroupNorm) and lengths is not None:
-                # The one statistic over time: taken over an utterance's own frames only.
-                x = (_normalize(x, lengths, norm.eps) * norm.weight[:, None] + norm.bias[:, None]).to(x.dtype)
-            elif isinstance(norm, nn.GroupNorm):
-                # In the precision at hand: autocast would make float32 of the largest tensor there is.
-                with torch.autocast(x.device.type, enabled=False):
+            elif isinstance(norm, nn.GroupNorm) and lengths is None:
+                with torch.autocast(x.device.type, enabled=False):  # would upcast a large tensor
                     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
                     x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
-            else:
-                x = norm(x)
+            elif isinstance(norm, nn.GroupNorm):  # over each utterance without its padding
+                scaled = normalize(x, lengths, norm.eps) * norm.weight[:, None]
+                x = (scaled + norm.bias[:, None]).to(x.dtype)
             x = F.gelu(x)
         return x.transpose(1, 2)
 
 
-class FeatureProjection(nn.Module):
-    """LayerNorm, then Linear from the convolutions' channels to the Transformer's width."""
-
-    def __init__(self, config):
-        super().__init__()
-        channels = config.conv_layers[-1][0]
-        self.norm = nn.LayerNorm(channels) if config.projection_norm else nn.Identity()
-        # fairseq leaves the projection out where the widths agree.
-        self.projection = nn.Linear(channels, config.dim) if config.projection else nn.Identity()
-        self.apply(_init_linear)
-
-    def forward(self, x):
-        return self.projection(self.norm(x))
-
-
 class PositionalEmbedding(nn.Module):
-    """Grouped convolutions over time whose output is added to their input: (batch, frames, dim) to the same.
+    """Grouped convolutions over time, (batch, frames, dim) to the same; added to their input.
 
-    HuBERT has one, data2vec several with a LayerNorm without weights each.
+    HuBERT has one, data2vec several, with a LayerNorm without weights after each.
     """
 
     def __init__(self, config):
         super().__init__()
-        kernel, self.norms = config.pos_kernel, config.pos_depth > 0
-        convs = [
-            nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=config.pos_groups)
-            for _ in range(max(1, config.pos_depth))
-        ]
+        self.layer_norm = config.pos_depth > 0
+        kernel = config.pos_kernel
+        sizes = {"kernel_size": kernel, "padding": kernel // 2, "groups": config.pos_groups}
+        convs = [nn.Conv1d(config.dim, config.dim, **sizes) for _ in range(config.pos_depth or 1)]
         for conv in convs:
             nn.init.normal_(conv.weight, std=math.sqrt(4 / (kernel * config.dim)))
             nn.init.zeros_(conv.bias)
-        if self.norms:
+        if self.layer_norm:
             self.convs = nn.ModuleList(convs)
         else:
-            (self.conv,) = convs
-            if config.weight_norm:
-                nn.utils.parametrizations.weight_norm(self.conv, dim=2)
+            self.conv = convs[0]
+        if config.weight_norm and not self.layer_norm:
+            nn.utils.parametrizations.weight_norm(self.conv, dim=2)
 
-    def forward(self, x, valid=None):
-        """valid: (batch, frames, 1), True within each utterance, or None where nothing is padded."""
+    def forward(self, x, padding=None):
+        """padding: (batch, frames, 1), True after the end of each utterance, or None."""
         frames = x.shape[1]
-        for conv in self.convs if self.norms else [self.conv]:
-            x = conv(x.transpose(1, 2))[..., :frames].transpose(1, 2)  # an even kernel gives one frame too many
-            if self.norms:
+        for conv in self.convs if self.layer_norm else [self.conv]:
+            if padding is not None:  # zeros, as a convolution pads the end of the batch
+                x = x.masked_fill(padding, 0)
+            x = conv(x.transpose(1, 2)).transpose(1, 2)
+            x = x[:, :frames]  # an even kernel gives one frame more
+            if self.layer_norm:
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.gelu(x)
-            if valid is not None:  # the next one must see zeros past an utterance's end
-                x = x.masked_fill(~valid, 0)
         return x
 
 
 class TransformerLayer(nn.Module):
-    """Self-attention and feed-forward: (batch, frames, dim) to the same."""
+    """Self-attention and feed-forward, (batch, frames, dim) to the same."""
 
     def __init__(self, config):
         super().__init__()
@@ -273,7 +245,7 @@ class TransformerLayer(nn.Module):
         self.ffn_out = nn.Linear(config.ffn_dim, config.dim)
         self.ffn_norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.apply(_init_linear)
+        self.apply(init_linear)
 
     def forward(self, x, mask=None, bias=None):
         if self.pre_norm:
@@ -287,20 +259,21 @@ class TransformerLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; with a relative position bias, gated by each frame itself as in WavLM (arXiv:2110.13900)."""
+    """Multi-head attention, with WavLM's gated relative position bias (arXiv:2110.13900)."""
 
     def __init__(self, config):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
+        self.heads = config.heads
+        self.dropout = config.dropout
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
-        self.gated = bool(config.relative_buckets and config.relative_gate)
+        self.gated = config.relative_buckets > 0 and config.relative_gate
         if self.gated:
             self.gate = nn.Linear(config.dim // config.heads, 8)
             self.gate_scale = nn.Parameter(torch.ones(1, config.heads, 1, 1))
 
     def forward(self, x, mask=None, bias=None):
-        """x: (batch, frames, dim); mask: (batch, 1, 1, keys), True where a key counts; bias: (heads, frames, keys)."""
+        """mask: (batch, 1, 1, keys), False in the padding. bias: (heads, frames, keys)."""
         batch, frames, dim = x.shape
         q, k, v = self.qkv(x).view(batch, frames, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if bias is not None:
@@ -315,48 +288,32 @@ class SelfAttention(nn.Module):
         return self.out(x.transpose(1, 2).reshape(batch, frames, dim))
 
     def gates(self, x):
-        """How much each frame heeds the position bias: (batch, heads, frames, 1)."""
+        """Gate on the position bias per head and frame, (batch, heads, frames, 1)."""
         x = x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
-        update, reset = self.gate(x).view(*x.shape[:3], 2, 4).sum(-1).sigmoid().chunk(2, dim=-1)
+        x = self.gate(x).view(*x.shape[:3], 2, 4).sum(-1)
+        update, reset = x.sigmoid().chunk(2, dim=-1)
         return update * (reset * self.gate_scale - 1) + 2
 
 
-class ScaleGradient(torch.autograd.Function):
-    """Identity forward, gradient times `scale` backward."""
-
-    @staticmethod
-    def forward(context, x, scale):
-        context.scale = scale
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(context, gradient):
-        return gradient * context.scale, None
-
-
-def _init_linear(module):
+def init_linear(module):
     if isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
-def _eights(frames):
-    return -(-frames // 8) * 8
-
-
-def _valid(lengths, longest):
-    """(batch, longest), True within each utterance."""
-    return torch.arange(longest, device=lengths.device) < lengths[:, None]
-
-
-def _normalize(x, lengths=None, eps=1e-5):
-    """Zero mean and unit variance over the last dimension, in float32, over the first `lengths` of it where given."""
+def normalize(x, lengths=None, eps=1e-5):
+    """(batch, channels, time) to zero mean and unit variance over time, without padding."""
     x = x.float()
     if lengths is None:
         return F.layer_norm(x, x.shape[-1:], eps=eps)
-    shape = (-1,) + (1,) * (x.dim() - 1)
-    outside = (~_valid(lengths, x.shape[-1])).view(x.shape[0], *shape[2:], x.shape[-1])
-    count = lengths.view(shape)
-    x = x.masked_fill(outside, 0)
-    x = (x - x.sum(-1, keepdim=True) / count).masked_fill(outside, 0)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / count + eps)
+    padding = padding_mask(lengths, x.shape[-1])[:, None]
+    lengths = lengths[:, None, None]
+    mean = x.masked_fill(padding, 0).sum(-1, keepdim=True) / lengths
+    x = (x - mean).masked_fill(padding, 0)
+    variance = x.square().sum(-1, keepdim=True) / lengths
+    return x * torch.rsqrt(variance + eps)
+
+
+def padding_mask(lengths, longest):
+    """(batch, longest), True after the end of each utterance."""
+    return torch.arange(longest, device=lengths.device) >= lengths[:, None]

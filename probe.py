@@ -1,23 +1,19 @@
-"""SUPERB's probe: the frozen upstream, the weighted sum of its hidden states, and the training of the little that learns.
+"""SUPERB's probe: a frozen upstream, a learned weighted sum of its hidden states, a small head.
 
-Protocol: SUPERB, arXiv:2105.01051, after s3prl's downstream tasks. The upstream never learns:
-
-    waveforms -> upstream    states  (states, batch, frames, dim)
-      -> Probe: softmax-weighted sum of the states, then a task's head -> outputs -> its loss
-
-What a task is stands in its evaluate_*.py; how states are kept, in states.py.
+Source: arXiv:2105.01051 and s3prl's downstream tasks. What a task has to define is shown by
+PhonemeRecognition in evaluate_pr.py.
 """
 
-import processes
+import runs  # isort: skip
 
 import argparse
 import contextlib
-import functools
-import hashlib
-import io
 import json
+import math
 import os
 import platform
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -27,110 +23,169 @@ import torchaudio
 from torch import nn
 
 import data
-import report
-from safe_files import check_settings, claimed, newest_save, write_whole
-from states import AT_ONCE, States, by_length, keep_states, worth_keeping
+from cache import Cache, key
 from student import load_student
-from teachers import TEACHERS, digest, load_teacher
+from teachers import digest, load_teacher
 
-FORMAT = "ekd-probe-3"  # the first had one learning rate, the second one optimizer for all of them
-# Settings that may change when a run is resumed. Upstream and data are known by what they are, not by their paths.
-FREE = {"out", "cache", "cache_memory", "workers", "log_every", "plan", "upstream", "data", "lexicon", "manifest"}
+MAX_SECONDS = 160  # of an utterance, which goes through the upstream as a whole
+# Settings that may differ when a run resumes. Upstream and data are compared by content.
+MAY_CHANGE = {"out", "cache", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
+CHECKPOINT = ("step", "identity", "probes", "optimizers", "curves", "best", "seconds")
 
 
-# ---------------------------------------------------------------- the frozen upstream
+# ------------------------------------------------------------------ settings
+
+
+# fmt: off
+def parser(description, task, splits=None):
+    """The flags of all tasks. task: last folder of --out; splits: default of --splits, if any."""
+    parser = runs.Parser(description.split("\n")[0])
+    parser.set_defaults(task=task)
+    add = parser.add_argument
+    add("--upstream", help="a student.pt, a teacher's name or checkpoint, or fbank")
+    add("--data", default="data/LibriSpeech", help="folder of the corpus")
+    if splits:
+        add("--splits", type=runs.names, default=splits, help="to train, choose and test on")
+    add("--out", help="folder of the run (default: beside a student.pt, else in runs/UPSTREAM)")
+    add("--steps", type=runs.count, default=100_000, help="optimizer steps")
+    add("--batch-size", type=runs.count, default=32, help="utterances per step")
+    add("--lr", type=rates, default="1e-4",
+        help="learning rates of Adam, one probe each; SUPERB tries 1e-1,1e-2,1e-3,1e-4,1e-5")
+    add("--states", type=states, default="all", help="hidden states to use: all, last or 0,4,12")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
+        help="of the upstream; auto is bf16 if the device computes in it")
+    add("--cache", metavar="DIR", help="cache the hidden states there, for later runs too")
+    add("--workers", type=int, default=min(4, runs.cores()), help="data-loading workers")
+    add("--seed", type=int, default=0, help="of initial weights, order of the data, and dropout")
+    add("--log-every", type=runs.count, default=100, help="steps between lines of progress")
+    add("--eval-every", type=runs.count, default=1000, help="steps between scores and checkpoints")
+    add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
+    return parser
+# fmt: on
+
+
+def rates(text):
+    """Flag type: learning rates."""
+    return [float(rate) for rate in text.split(",")]
+
+
+def states(text):
+    """Flag type: all, last, or numbers of hidden states."""
+    return text if text in ("all", "last") else sorted({int(state) for state in text.split(",")})
+
+
+def main(parse, evaluate, arguments):
+    """The program of a task: evaluate(args), for --demo without --upstream on four upstreams."""
+    runs.init()
+    with runs.one_line_errors():
+        args = parse(arguments)
+        if args.demo:
+            from demo import speech
+
+            speech.student()
+        elif not args.upstream:
+            raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
+    if args.upstream:
+        if os.path.exists(os.path.join(args.upstream, "student.pt")):  # the folder of a run
+            args.upstream = os.path.join(args.upstream, "student.pt")
+        folder, name = os.path.split(os.path.normpath(args.upstream))
+        if name != "student.pt":
+            folder = os.path.join("runs", os.path.splitext(name)[0])
+        args.out = args.out or os.path.join(folder, args.task)
+        evaluate(args)
+        return
+    start = f"{speech.RUN}/before-distillation"
+    if not os.path.exists(f"{start}/student.pt"):
+        train = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
+        flags = ["--demo", "--steps", "0", "--out", start]
+        subprocess.run([sys.executable, train, *flags], check=True)
+    rows = {"first teacher": speech.TEACHERS[0], "student": speech.STUDENT}
+    rows |= {"before distillation": f"{start}/student.pt", "filter banks": "fbank"}
+    lines = []
+    for name, upstream in rows.items():
+        print(f"\n{name}", flush=True)
+        out = os.path.join(args.out or speech.RUN, name.replace(" ", "-"), args.task)
+        row = argparse.Namespace(**vars(args) | {"upstream": upstream, "out": out})
+        result = evaluate(row)
+        low, high = result["interval"]
+        score = result[result["metric"].lower()]
+        lines.append(f"  {name:20}{score:7.1%}   {low:.1%} to {high:.1%}")
+    print(f"\n{result['metric']} on held-out speech, 95% intervals", *lines, sep="\n", flush=True)
+
+
+# ------------------------------------------------------------------ upstream and probe
 
 
 class FilterBanks(nn.Module):
-    """SUPERB's baseline `fbank`: 80 log Mel filter banks with deltas and delta-deltas, a frame each 10 ms.
+    """SUPERB's baseline: 80 log Mel filter banks, deltas and delta-deltas, every 10 ms.
 
-    Every dimension has zero mean and unit variance over the utterance.
+    Each dimension has zero mean and unit variance over the utterance.
     Source: s3prl's upstream/baseline/fbank.yaml and extracter.py.
     """
 
     def frames(self, samples):
-        """Number of frames that `samples` (int or integer tensor) give: windows of 25 ms that lie wholly inside."""
-        count = (samples - 400) // 160 + 1
-        return count.clamp(min=0) if torch.is_tensor(samples) else max(count, 0)
+        """Number of windows of 25 ms that lie within the utterance."""
+        return max((samples - 400) // 160 + 1, 0)
 
-    def forward(self, waveforms, lengths, layers=None):
-        """waveforms (batch, samples) at 16 kHz; lengths in samples; layers: there is one state. Returns [(batch, frames, 240)], 0 past an utterance's end."""
-        states = waveforms.new_zeros(len(waveforms), self.frames(waveforms.shape[1]), 240)
-        for row, waveform, length in zip(states, waveforms, lengths.tolist()):
-            row[: self.frames(length)] = self.features(waveform[:length])
-        return [states]
-
-    def features(self, waveform):
-        """(samples,) at 16 kHz to (frames, 240)."""
-        x = torchaudio.compliance.kaldi.fbank(waveform[None], num_mel_bins=80, sample_frequency=16000)
-        delta = torchaudio.functional.compute_deltas(x.t())
-        x = torch.cat([x, delta.t(), torchaudio.functional.compute_deltas(delta).t()], dim=1)
-        # A floor that s3prl lacks: there, a band that is silent throughout becomes loud rounding noise.
-        return (x - x.mean(0)) / x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-5)
+    def forward(self, waveforms, layers=None):
+        """(1, samples) at 16 kHz to one state, [(1, frames, 240)]."""
+        mel = torchaudio.compliance.kaldi.fbank(waveforms, num_mel_bins=80, sample_frequency=16000)
+        delta = torchaudio.functional.compute_deltas(mel.t())
+        x = torch.cat([mel, delta.t(), torchaudio.functional.compute_deltas(delta).t()], dim=1)
+        # s3prl has no such minimum: a silent band becomes loud rounding noise there.
+        deviation = x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-5)
+        return [((x - x.mean(0)) / deviation)[None]]
 
 
 class Upstream:
-    """A frozen encoder in eval mode.
+    """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
 
-    path: a student.pt, a teacher's name or checkpoint in any form that load_teacher knows, or "fbank".
-    which: the hidden states given, "all", "last" (DistilHuBERT's protocol), or a list of them.
-    precision: "fp32", "bf16" for autocast, or "auto": bf16 where the device computes in it.
-    states, dim: how many hidden states it gives, and their width; layers: which those are. parameters: its weights.
-    digest: changes with any of them; name: of its kept states.
-    Raises FileNotFoundError, OSError and ValueError with one line.
+    layers: numbers of the hidden states of --states; dim: width of each.
+    digest: changes with any weight. Raises OSError and ValueError.
     """
 
-    def __init__(self, path, device="cpu", precision="auto", which="all"):
-        self.device = torch.device(device)
-        self.precision = processes.precision(precision, self.device)
-        self.encoder = _load_encoder(path, self.device)
-        self.frames = self.encoder.frames
-        self.parameters = sum(weight.numel() for weight in self.encoder.parameters())
+    def __init__(self, args):
+        path = args.upstream
+        self.device = runs.find_device()
+        self.precision = runs.precision(args.precision, self.device)
+        self.memory = {}  # path of an audio file: its hidden states
         if path == "fbank":
-            last, self.dim, self.digest = 0, 240, hashlib.sha256(b"fbank").hexdigest()[:16]
+            self.encoder = FilterBanks()
+            self.precision = "fp32"
+            self.digest = key("fbank")
+            self.dim = 240
+            last = 0
         else:
-            config = self.encoder.config
-            last, self.dim, self.digest = config.layers, config.dim, digest(self.encoder)
-        self.layers = (
-            {"all": list(range(last + 1)), "last": [last]}.get(which, which) if isinstance(which, str) else which
-        )
+            self.encoder = load_encoder(path, self.device)
+            self.digest = digest(self.encoder)
+            self.dim = self.encoder.config.dim
+            last = self.encoder.config.layers
+        layers = {"all": list(range(last + 1)), "last": [last]}
+        self.layers = layers.get(str(args.states), args.states)
         if max(self.layers) > last:
             raise ValueError(f"--states {max(self.layers)}: {path} has hidden states 0 to {last}")
-        self.states, stem = len(self.layers), os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-        self.name = f"{stem}-{self.digest}-{self.precision}"
-        if self.states <= last:
-            self.name += f"-states-{'-'.join(map(str, self.layers))}"
 
     @torch.no_grad()
-    def __call__(self, waveforms, lengths):
-        """Hidden states, (states, batch, frames, dim); an utterance's are those it has alone, and 0 past its end.
+    def __call__(self, waveform):
+        """Hidden states of one utterance, (states, frames, dim), in bfloat16 as they are cached.
 
-        waveforms: (batch, samples) at 16 kHz, on the device; lengths: samples of each, (batch,), on the host.
-        In bfloat16, whether they are kept or not, so that a score does not depend on where there was room.
+        waveform: (samples,) at 16 kHz.
         """
-        count, states = max(1, AT_ONCE // waveforms.shape[1]), []
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            for part in zip(waveforms.split(count), lengths.split(count)):
-                states.append(torch.stack([state.bfloat16() for state in self.encoder(*part, layers=self.layers)]))
-        return torch.cat(states, dim=1)
+            found = self.encoder(waveform[None].to(self.device), layers=self.layers)
+        return torch.cat(found).bfloat16()
 
 
-def _load_encoder(path, device):
-    if path == "fbank":
-        return FilterBanks()
-    if path in TEACHERS or os.path.isdir(path):
-        return load_teacher(path, device)
-    if not os.path.exists(path):
-        known = ", ".join(TEACHERS)
-        raise FileNotFoundError(f"{path}: no such upstream; give a student.pt, a checkpoint, fbank, or a name: {known}")
-    try:
-        return load_student(path, device).encoder.requires_grad_(False)
-    except ValueError:  # no student: a teacher's checkpoint
-        return load_teacher(path, device)
+def load_encoder(path, device):
+    """The encoder of a student or of a teacher, in eval mode."""
+    if os.path.isfile(path) or path.endswith("student.pt"):
+        with contextlib.suppress(ValueError):  # not a student
+            return load_student(path, device).encoder.requires_grad_(False)
+    return load_teacher(path, device)
 
 
 class Probe(nn.Module):
-    """All that learns: a weight for each hidden state, and a task's head.
+    """All that is trained: one weight per hidden state, and the head of a task.
 
     Source: the featurizer of SUPERB, arXiv:2105.01051, section 3.
     """
@@ -141,395 +196,296 @@ class Probe(nn.Module):
         self.head = head
 
     def forward(self, states, frames):
-        """states: (states, batch, frames, dim); frames: (batch,), on the host, how many each utterance has. Returns the
-        head's outputs."""
+        """states: (states, batch, frames, dim); frames: (batch,), number per utterance."""
         return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
 
 
-# ---------------------------------------------------------------- utterances with labels
+# ------------------------------------------------------------------ utterances and their states
 
 
-class Split:
-    """Labelled utterances of a corpus.
+class Split(torch.utils.data.Dataset):
+    """Labelled utterances, read in batches by a loader's workers.
 
-    name: for messages. corpus: a data.Corpus; places: which of its utterances, in order; ids: [str], labels: [tensor],
-    for each of those. left_out: {ID: reason} of the utterances that cannot be used.
+    indices: of utterances of a data.Corpus; ids, labels: for each of these.
+    skipped: {id: reason} of the utterances that are not used.
+    Raises ValueError if an utterance is too long.
     """
 
-    def __init__(self, name, corpus, places, ids, labels, left_out):
-        self.name, self.corpus, self.places = name, corpus, np.asarray(places)
-        self.ids, self.labels, self.left_out = ids, labels, left_out
-        self.number = {int(place): number for number, place in enumerate(places)}
-        self.samples = corpus.samples[self.places]
+    def __init__(self, name, corpus, indices, ids, labels, skipped):
+        self.name, self.ids, self.labels, self.skipped = name, ids, labels, skipped
+        self.cache = None
+        paths = [corpus.paths[i] for i in indices]
+        starts, samples = corpus.starts[indices], corpus.samples[indices]
+        self.corpus = data.Corpus(corpus.root, paths, starts, samples)
+        longest = int(samples.argmax())
+        seconds = samples[longest] / data.SAMPLE_RATE
+        if seconds > MAX_SECONDS:
+            limit = f"{seconds:.0f} s, evaluations take up to {MAX_SECONDS} s; split it"
+            raise ValueError(f"{self.path(longest)}: {limit}")
 
-    def some(self, count):
-        """A Split of so many of the utterances, or all, from its beginning to its end."""
-        mine = np.unique(np.linspace(0, len(self.ids) - 1, count).astype(int))
-        corpus, ids = self.corpus.part(self.places[mine]), [self.ids[place] for place in mine]
-        return Split(self.name, corpus, range(len(mine)), ids, [self.labels[place] for place in mine], {})
+    def path(self, i):
+        return os.path.join(self.corpus.root, self.corpus.paths[i])
 
-    def fingerprint(self):
-        """Changes with any utterance's path, length or label."""
-        text = self.corpus.part(self.places).fingerprint() + str([label.tolist() for label in self.labels])
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Shuffled:
-    """A split's training batches, as places in its corpus: [step] gives utterances of similar length, each at most once an
-    epoch, by seed and step alone."""
-
-    def __init__(self, split, batch_size, seed):
-        self.places = split.places
-        self.of_epoch = data.Batches(split.corpus.part(split.places), batch_size, int(split.samples.max()), seed)
-        self.epoch = None
-
-    def __getitem__(self, step):
-        epoch, row = divmod(step, self.of_epoch.steps_an_epoch)
-        if epoch != self.epoch:
-            self.epoch, (self.utterances, _, _) = epoch, self.of_epoch.plan(epoch)
-        return self.places[self.utterances[row]]
-
-
-# ---------------------------------------------------------------- settings
-
-
-def parser(description, splits=None):
-    """The settings that all evaluations have. splits: the default of --splits, or None for a task without them."""
-    parser = processes.parser(description)
-    add = parser.add_argument
-    # fmt: off
-    add("--upstream", help="what is judged: a student.pt, a teacher's name or checkpoint, or fbank (SUPERB's baseline)")
-    add("--data", default="data/LibriSpeech", help="folder of the corpus")
-    if splits:
-        add("--splits", type=processes.names, default=splits, help="sub-folders of --data to train, choose the best step, and test on")
-    add("--out", help="folder of the run (default: beside a student.pt, else runs/ and the upstream's name)", default=argparse.SUPPRESS)
-    add("--steps", type=processes.count, default=100_000, help="optimizer steps")
-    add("--batch-size", type=processes.count, default=32, help="utterances a step")
-    add("--lr", type=processes.rates, default=1e-4, help="learning rate of Adam, or several with commas, tried on the same states; SUPERB tries 1e-1,1e-2,1e-3,1e-4,1e-5 for each upstream")
-    add("--states", type=processes.states, default="all", help="hidden states that the probe sees: all, last, or some of them such as 0,4,12")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="autocast of the upstream; auto is bf16 where the device computes in it")
-    add("--cache", metavar="DIR", default=None, help="keep the upstream's states in files there, for this run and others")
-    add("--cache-memory", type=processes.share, default=0.5, help="without --cache: share of the free memory that states may take; if they need more, they are computed for every batch again")
-    add("--workers", type=processes.whole, default=argparse.SUPPRESS, help="processes that read audio or states (default: up to 4)")
-    add("--seed", type=processes.seed, default=0, help="of the probe's first weights and the data's order")
-    add("--log-every", type=processes.count, default=100, help="steps between lines of progress")
-    add("--eval-every", type=processes.count, default=1000, help="steps between scores on the second split, each one saved")
-    add("--plan", action="store_true", help="say what the run would take here, from four of its steps, and stop")
-    add("--demo", action="store_true", help="synthetic speech and the demo's student")
-    # fmt: on
-    return parser
-
-
-def finish(args, task):
-    """Checks the settings that all evaluations have, and fills in those that depend on others."""
-    if processes.WORLD_SIZE > 1:
-        processes.stop("runs as one process; start it with python, not torchrun")
-    if not args.upstream:
-        processes.stop("argument --upstream: missing; give a student.pt, a teacher's name or checkpoint, or fbank")
-    if os.path.isfile(os.path.join(args.upstream, "student.pt")):  # the folder of a run
-        args.upstream = os.path.join(args.upstream, "student.pt")
-    if len(getattr(args, "splits", "123")) != 3:
-        three = "three are needed, to train, to choose the best step, to test"
-        processes.stop(f"argument --splits: {','.join(args.splits)}: {three}")
-    if not hasattr(args, "out"):
-        folder, name = os.path.split(os.path.normpath(args.upstream))
-        args.out = os.path.join(folder if name == "student.pt" else f"runs/{os.path.splitext(name)[0]}", task)
-    if not hasattr(args, "workers"):
-        args.workers = min(4, processes.cores())
-    args.workers = processes.readers(args.workers)
-    return args
-
-
-# ---------------------------------------------------------------- training
-
-
-def evaluate(
-    args,
-    upstream,
-    splits,
-    *,
-    symbols,
-    metric,
-    make_head,
-    loss,
-    decode,
-    count,
-    pool=None,
-    states=None,
-    higher_is_better=False,
-    runs=1,
-):
-    """Trains a probe on the first split, takes its best step on the second, and scores that step on the third.
-
-    symbols: names of what the labels number. make_head(dim): an nn.Module, (batch, frames, dim) and frames (batch,) to outputs.
-    loss(outputs, frames, labels): one number. decode(outputs, frames): a prediction for each utterance.
-    count(labels, predictions): two (utterances,) arrays, whose sums' quotient is the score named `metric`.
-    pool(states, frames, training): what the head needs of the states, (states, batch, ..., dim), if not all frames.
-    states: {corpus: States} of the splits, where they are kept already. runs: how many such probes the program trains.
-    Returns (the result so far, a dict, and the predictions on the third split), or, where the run was finished before,
-    (its whole result, None). Started again after an interruption, it goes on where it was.
-    """
-    states = states or {split.corpus: States(upstream, split.corpus) for split in splits}
-    args.precision = upstream.precision  # "auto" resolved: a resume on another device is told
-    if args.plan:
-        expect(args, upstream, splits, states, make_head, loss, decode, count, pool, runs)
-    fingerprints = {"upstream": upstream.digest} | {split.name: split.fingerprint() for split in splits}
-    fingerprints["symbols"] = hashlib.sha256("\n".join(symbols).encode()).hexdigest()[:16]
-    with processes.together():
-        run = load_run(args, fingerprints)
-        finished = os.path.join(args.out, "result.json")
-        if run and run["progress"]["scored"] == args.steps and os.path.exists(finished):
-            print(f"{args.out}: finished, {args.steps:,} steps; give --out another folder for another run")
-            with open(finished, encoding="utf-8") as file:
-                return json.load(file), None
-        plan = Shuffled(splits[0], args.batch_size, args.seed)
-        os.makedirs(args.out, exist_ok=True)
-
-    rates, probes, optimizers, progress = start(args, upstream, make_head)
-    if run:
-        for probe, optimizer, weights, moments in zip(probes, optimizers, run["probes"], run["optimizers"]):
-            probe.load_state_dict(weights)
-            optimizer.load_state_dict(moments)
-        progress = run["progress"]
-        print(f"{args.out}: resuming after step {progress['step']:,} of {args.steps:,}", flush=True)
-    save = functools.partial(save_run, args, fingerprints, probes, optimizers, progress)
-
-    def scores(split, probes, asked):
-        """(predictions, parts, totals) of each probe."""
-        with _timed(progress["seconds"], "scoring"):
-            found = predict(probes, split, states[split.corpus], decode, args.batch_size, args.workers, asked, pool)
-            return [(predictions, *count(split.labels, predictions)) for predictions in found]
-
-    with contextlib.ExitStack() as stack:
-        with processes.together():
-            stack.enter_context(claimed(args.out))
-        asked = stack.enter_context(processes.signals())
+    def read(self, i):
+        """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
         try:
-            with processes.together(), _timed(progress["seconds"], "states"):
-                keep_states(args, upstream, states, splits, progress["scored"] < args.steps, asked)
-            for step in train(args, probes, optimizers, progress, states, splits[0], plan, loss, pool, asked):
-                save()
-                found = scores(splits[1], probes, asked)
-                for rate, mine, probe, (_, part, total) in zip(rates, progress["rates"], probes, found):
-                    remark = note_score(mine, step, float(part.sum() / total.sum()), probe, higher_is_better)
-                    at = f" at --lr {rate:g}" if len(rates) > 1 else ""
-                    score = f"{metric} {mine['curve'][-1][1]:.2%} on {splits[1].name}"
-                    print(f"step {step}: {score}{at}{remark}", flush=True)
-                progress["scored"] = step
-                save()
-            best = (max if higher_is_better else min)(mine["best"]["score"] for mine in progress["rates"])
-            chosen = next(place for place, mine in enumerate(progress["rates"]) if mine["best"]["score"] == best)
-            probe, mine = probes[chosen], progress["rates"][chosen]
-            probe.load_state_dict(mine["best"]["probe"])
-            ((predictions, part, total),) = scores(splits[2], [probe], asked)
-        except processes.Interrupted as interrupted:
-            # The best probe is loaded only after the last save.
-            if progress["scored"] < progress["step"]:
-                save()
-            where = f"interrupted after step {progress['step']} of {args.steps}"
-            processes.stop(f"{where}; the same command resumes", 128 + interrupted.args[0])
+            return self.corpus.read(i)
+        except (soundfile.SoundFileError, OSError, ValueError) as error:
+            raise ValueError(f"{self.path(i)}: {error}; restore it, or remove its label") from None
 
-    result = {"metric": metric, metric.lower(): float(part.sum() / total.sum())}
-    result |= {"interval": report.bootstrap((part, total)), "best_step": mine["best"]["step"], "curve": mine["curve"]}
-    if len(rates) > 1:
-        result |= {"lr": rates[chosen], "curves": {f"{r:g}": m["curve"] for r, m in zip(rates, progress["rates"])}}
-        if rates[chosen] in (min(rates), max(rates)):
-            processes.warn(f"the best --lr, {rates[chosen]:g}, is at the edge of those tried; try others beyond it")
-    result |= {"layer_weights": probe.weights.detach().softmax(0).tolist(), "counts": {}}
+    def load(self, i):
+        """Cached states of utterance i, (states, frames, dim), else the waveform, (samples,)."""
+        if self.cache:
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
+                return runs.load(self.cache.path(i))
+        return self.read(i)
+
+    def __getitem__(self, indices):
+        return [self.load(i) for i in indices]
+
+
+def compute_states(args, upstream, splits, stop):
+    """Computes all hidden states: for --cache, or for memory if they take less than half of it."""
+    frame_bytes = 2 * len(upstream.layers) * upstream.dim
+    missing = []
+    needed = 0
     for split in splits:
-        seconds = round(float(split.samples.sum()) / data.SAMPLE_RATE, 2)
-        counts = {"utterances": len(split.ids), "seconds": seconds, "left_out": len(split.left_out)}
-        result["counts"][split.name] = counts
-    result["upstream"] = {"path": args.upstream, "states": upstream.states, "dim": upstream.dim}
-    result["upstream"] |= {
-        "layers": upstream.layers,
-        "parameters": upstream.parameters,
-        "digest": upstream.digest,
-        "precision": upstream.precision,
-        "device": upstream.device.type,
-    }
-    result["seconds"] = {what: round(spent, 2) for what, spent in progress["seconds"].items()}
-    result["settings"] = vars(args)
-    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    result["versions"] |= {"torchaudio": torchaudio.__version__, "soundfile": soundfile.__version__}
-    return result, predictions
+        sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
+        if args.cache:
+            root = os.path.realpath(split.corpus.root)
+            name = key(upstream.digest, upstream.precision, upstream.layers, root)
+            split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
+            compute = lambda i, split=split: upstream(split.read(i)).cpu()  # noqa: E731
+            split.cache.fill(compute, sizes.__getitem__, f"states of {split.name}", stop)
+            data.check_shared_memory(args.batch_size * max(sizes), args.workers)
+        for i, size in enumerate(sizes):
+            if split.path(i) not in upstream.memory:
+                missing.append((split, i))
+                needed += size
+    if args.cache:
+        return
+    fits = needed < free_memory() / 2
+    place = "in memory" if fits else "computed at every step; --cache DIR would store them"
+    print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
+    for split, i in missing if fits else []:
+        if stop.number:
+            raise SystemExit(128 + stop.number)
+        upstream.memory[split.path(i)] = upstream(split.read(i)).cpu()
 
 
-def start(args, upstream, make_head):
-    """(rates, probes, optimizers, progress) of a run before its first step."""
-    rates, probes = args.lr if isinstance(args.lr, list) else [args.lr], []
-    for _ in rates:  # each as it would start alone
-        torch.manual_seed(args.seed)
-        probes.append(Probe(upstream.states, make_head(upstream.dim)).to(upstream.device))
-    # fused: each can be told on the device to change nothing
-    optimizers = [torch.optim.Adam(probe.parameters(), lr=rate, fused=True) for rate, probe in zip(rates, probes)]
-    # scored: the step last scored on the second split; curve: [step, score] of each so far, of every rate.
-    progress = {"step": 0, "scored": 0, "rates": [{"curve": [], "best": None} for _ in rates]}
-    progress["seconds"] = {"states": 0.0, "training": 0.0, "scoring": 0.0}
-    return rates, probes, optimizers, progress
+def free_memory():
+    """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
+    free = 0
+    with contextlib.suppress(OSError, ValueError):  # not Linux; no limit is "max"
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":") for line in file)
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            free = min(free, int(file.read()))
+    return free
 
 
-def train(args, probes, optimizers, progress, states, split, plan, loss, pool, asked):
-    """The steps that are left; yields the number of each after which a score is due, one that was missed first.
+def load_states(upstream, split, plan, workers, stop):
+    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
 
-    Every probe, one a learning rate, learns from the same states, brought once. progress["step"] counts the steps,
-    progress["scored"] is the caller's. The host asks the device for nothing but where a line or a score is due.
+    plan: per batch, the indices of its utterances.
     """
-    loader = states[split.corpus].batches(plan, progress["step"], args.steps, args.workers)
-    device = probes[0].weights.device
-    total, since, begun = torch.zeros((), device=device), time.monotonic(), progress["step"]
-    stop_at = torch.zeros((), device=device)  # the first step at which no probe's loss was finite
-    while progress["scored"] < args.steps:
-        step = progress["step"]
-        due = step > progress["scored"] and (step % args.eval_every == 0 or step == args.steps)
-        with _timed(progress["seconds"], "training"):  # a GPU is waited for here
-            sick = (due or asked or step % args.log_every == 0) and int(stop_at)
-        if sick:
-            ids = ", ".join(split.ids[split.number[place]] for place in plan[sick - 1])
-            processes.stop(f"step {sick}: the loss is not finite; utterances of the batch: {ids}")
-        if due:
-            yield step
-            total, since, begun = torch.zeros_like(total), time.monotonic(), step
-            continue
-        processes.heed(asked)
-        with _timed(progress["seconds"], "training"):
-            processes.reseed(args.seed, step)
-            utterances, x, frames = next(loader)
-            labels = [split.labels[split.number[place]] for place in utterances]
-            if pool:
-                x = pool(x, frames, training=True)
-            values = []
-            for probe in probes:
-                processes.reseed(args.seed, step, 1)  # a head's dropout is the same at every rate
-                value = loss(probe(x, frames), frames, labels)
-                value.backward()
-                values.append(value.detach())
-            norms = [nn.utils.clip_grad_norm_(probe.parameters(), 1.0) for probe in probes]
-            values = torch.stack(values)
-            finite = torch.isfinite(values + torch.stack(norms))
-            stop_at = torch.where(finite.any() | (stop_at > 0), stop_at, step + 1)
-            for optimizer, fine in zip(optimizers, finite):  # a rate that is too high: its probe stays where it is
-                optimizer.found_inf = (~fine | (stop_at > 0)).float()
+    if split.path(0) in upstream.memory:
+        batches = ([upstream.memory[split.path(i)] for i in indices] for indices in plan)
+    else:
+        pin_memory = upstream.device.type == "cuda"
+        batches = data.load_batches(split, plan, workers, pin_memory, stop)
+    for items in batches:
+        items = [upstream(item) if item.dim() == 1 else item for item in items]
+        frames = torch.tensor([item.shape[1] for item in items])
+        count, _, dim = items[0].shape
+        states = items[0].new_zeros(count, len(items), int(frames.max()), dim)
+        for i, item in enumerate(items):
+            states[:, i, : item.shape[1]] = item
+        yield states.to(upstream.device, non_blocking=True).float(), frames
+
+
+# ------------------------------------------------------------------ training and scores
+
+
+def evaluate(args, task, upstream, train, dev, test):
+    """Trains one probe per learning rate on `train`, chooses rate and step on `dev`, scores `test`.
+
+    All rates are trained on the same batches; each gives bit for bit what it gives alone.
+    Returns the result, which is also OUT/result.json; if that file exists, it is only read.
+    """
+    splits = (train, dev, test)
+    args.precision = upstream.precision  # to be compared on resume
+    identity = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
+    for split in splits:
+        labels = [label.tolist() for label in split.labels]
+        identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
+    probes, optimizers = [], []
+    with runs.one_line_errors():
+        batches = data.TrainBatches(train.corpus, args.batch_size, args.seed)
+        runs.lock(args.out)
+        finished = os.path.join(args.out, "result.json")
+        if os.path.exists(finished):
+            with open(finished, encoding="utf-8") as file:
+                result = json.load(file)
+            runs.check_same(args.out, result.get("identity", {}), identity)
+            print_result(args, result)
+            return result
+        run = runs.load_latest(args.out, CHECKPOINT)
+        if run:
+            runs.check_same(args.out, run["identity"], identity)
+        else:
+            run = {"step": 0, "identity": identity, "best": None, "seconds": 0.0}
+            run["curves"] = {f"{lr:g}": [] for lr in args.lr}
+        for i, lr in enumerate(args.lr):
+            torch.manual_seed(args.seed)  # the same initial weights at every rate
+            probes.append(Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device))
+            optimizers.append(torch.optim.Adam(probes[i].parameters(), lr=lr, fused=True))
+            if run["step"]:
+                probes[i].load_state_dict(run["probes"][i])
+                optimizers[i].load_state_dict(run["optimizers"][i])
+    started = time.monotonic() - run["seconds"]
+    stop = runs.StopSignal()
+    for split in splits:
+        sizes = f"{len(split.ids):,} utterances, {split.corpus.hours():.2f} hours"
+        print(f"{split.name}: {sizes}, {len(split.skipped)} skipped")
+        data.warn_skipped(split.skipped)
+    print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}", flush=True)
+    with runs.one_line_errors():
+        compute_states(args, upstream, splits, stop)
+
+    # ------------------------------ training
+    print(f"{args.out}: from step {run['step']} of {args.steps}", flush=True)
+    epochs = range(-(-args.steps // batches.steps_per_epoch))
+    plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[run["step"] : args.steps]
+    loader = load_states(upstream, train, plan, args.workers, stop)
+    losses, since = [], time.monotonic()
+    for step, indices, (states, frames) in zip(range(run["step"], args.steps), plan, loader):
+        labels = [train.labels[i] for i in indices]
+        runs.seed(args.seed, step)  # depends on these only: no RNG state to resume
+        states = task.pool(states, frames, training=True)
+        norms = []
+        for probe, optimizer in zip(probes, optimizers):
+            runs.seed(args.seed, step, 1)  # the same dropout at every rate
+            loss = task.loss(probe(states, frames), frames, labels)
+            loss.backward()
+            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
+            losses.append(loss.item())
+            if math.isfinite(norms[-1]):  # a diverged rate is not updated
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            total += values.masked_fill(~finite, torch.inf).min()
-        progress["step"] = step = step + 1
-        if (step % args.log_every == 0 or step == args.steps) and not stop_at:
-            each = (time.monotonic() - since) / (step - begun)
-            left = f"{1 / each:.3g} steps/s  {report.clock(each * (args.steps - step))} left"
-            place = f"step {step:>{len(str(args.steps))}}/{args.steps}"
-            print(f"{place}  loss {total.item() / (step - begun):.4f}  {left}", flush=True)
-            total, since, begun = torch.zeros_like(total), time.monotonic(), step
+            optimizer.zero_grad(set_to_none=True)
+        run["step"] = step = step + 1
+        if not any(map(math.isfinite, norms)):
+            ids = ", ".join(train.ids[i] for i in indices)
+            raise SystemExit(f"step {step}: the gradient is not finite at any rate; batch: {ids}")
+
+        last = step == args.steps
+        if last or step % args.log_every == 0:
+            means = np.reshape(losses, (-1, len(probes))).mean(axis=0)
+            speed = len(losses) / len(probes) / (time.monotonic() - since)
+            left = f"{speed:.3g} steps/s  {(args.steps - step) / speed / 60:.0f} min left"
+            print(f"step {step}/{args.steps}  loss {means.round(4)}  {left}", flush=True)
+            losses, since = [], time.monotonic()
+        if last or step % args.eval_every == 0:
+            predictions = predict(probes, task, upstream, dev, args, stop)
+            record_scores(args, task, run, probes, dev, predictions)
+        if last or step % args.eval_every == 0 or stop.number:
+            run["seconds"] = time.monotonic() - started
+            run["probes"] = [probe.state_dict() for probe in probes]
+            run["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            runs.save(os.path.join(args.out, "last.pt"), run, keep_previous=True)
+        if stop.number:
+            print(f"{args.out}: stopped after step {step}; the same command resumes")
+            raise SystemExit(128 + stop.number)
+
+    # ------------------------------ result
+    best, probe = run["best"], probes[0]
+    probe.load_state_dict(best["probe"])
+    (predictions,) = predict([probe], task, upstream, test, args, stop)
+    references = [task.text(label.tolist()) for label in test.labels]
+    hypotheses = [task.text(prediction) for prediction in predictions]
+    errors, totals = task.count(references, hypotheses)
+    result = {"task": task.name, "metric": task.metric}
+    result[task.metric.lower()] = float(errors.sum() / totals.sum())
+    result |= {"interval": bootstrap((errors, totals)), "best_step": best["step"], "lr": best["lr"]}
+    result |= {"curve": run["curves"][f"{best['lr']:g}"], "curves": run["curves"]}
+    result |= {"layer_weights": probe.weights.softmax(0).tolist(), "identity": identity}
+    about = {"path": args.upstream, "states": len(upstream.layers), "layers": upstream.layers}
+    about |= {"dim": upstream.dim, "digest": upstream.digest, "precision": upstream.precision}
+    about["parameters"] = sum(weight.numel() for weight in upstream.encoder.parameters())
+    result |= {"upstream": about | {"device": upstream.device.type}, "counts": {}}
+    for split in splits:
+        seconds = round(split.corpus.hours() * 3600, 2)
+        counts = {"utterances": len(split.ids), "seconds": seconds, "skipped": len(split.skipped)}
+        result["counts"][split.name] = counts
+    result |= {"settings": vars(args), "seconds": round(time.monotonic() - started, 2)}
+    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
+        runs.warn(f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it")
+    for name, texts in (("ref", references), ("hyp", hypotheses)):
+        lines = [" ".join([id, *text]) + "\n" for id, text in zip(test.ids, texts)]
+        runs.write_text(os.path.join(args.out, f"test.{name}"), "".join(lines))
+    runs.write_text(finished, json.dumps(result, indent=2))
+    print_result(args, result)
+    if stop.number:  # before the next fold
+        raise SystemExit(128 + stop.number)
+    return result
 
 
-def predict(probes, split, states, decode, batch_size, workers=0, asked=(), pool=None):
-    """For each probe a prediction for each utterance of a split, in its order; the same for any batch size."""
-    order, predictions = split.places[by_length(split.samples)], [[None] * len(split.ids) for _ in probes]
-    plan = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    with torch.no_grad():
-        for utterances, x, frames in states.batches(plan, workers=workers):
-            if pool:
-                x = pool(x, frames, training=False)
-            for probe, mine in zip(probes, predictions):
-                for place, prediction in zip(utterances, decode(probe.eval()(x, frames), frames)):
-                    mine[split.number[place]] = prediction
-            processes.heed(asked)
-    for probe in probes:
-        probe.train()
+@torch.no_grad()
+def predict(probes, task, upstream, split, args, stop):
+    """Per probe, a list of one prediction per utterance of a split."""
+    order = np.argsort(-split.corpus.samples, kind="stable")
+    plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
+    predictions = [[None] * len(order) for _ in probes]
+    loader = load_states(upstream, split, plan, args.workers, stop)
+    for indices, (states, frames) in zip(plan, loader):
+        if stop.number:
+            raise SystemExit(128 + stop.number)
+        states = task.pool(states, frames, training=False)
+        for probe, found in zip(probes, predictions):
+            for i, prediction in zip(indices, task.predict(probe.eval()(states, frames), frames)):
+                found[i] = prediction
+            probe.train()
     return predictions
 
 
-def note_score(progress, step, score, probe, higher_is_better=False):
-    """Takes a score on the second split down, with the probe where it is the best so far; returns a remark on it."""
-    progress["curve"].append([step, score])
-    best = progress["best"]
-    if best and (score <= best["score"] if higher_is_better else score >= best["score"]):
-        return ""
-    weights = {name: weight.detach().cpu().clone() for name, weight in probe.state_dict().items()}
-    progress["best"] = {"step": step, "score": score, "probe": weights}
-    return ", the best so far"
+def record_scores(args, task, run, probes, dev, predictions):
+    """Adds the scores of a step to run["curves"], and the best probe so far to run["best"]."""
+    references = [task.text(label.tolist()) for label in dev.labels]
+    for lr, probe, found in zip(args.lr, probes, predictions):
+        errors, totals = task.count(references, [task.text(prediction) for prediction in found])
+        score = float(errors.sum() / totals.sum())
+        run["curves"][f"{lr:g}"].append([run["step"], score])
+        print(f"step {run['step']}: {task.metric} {score:.2%} on {dev.name}, --lr {lr:g}")
+        sign = 1 if task.higher_is_better else -1
+        if not run["best"] or sign * score > sign * run["best"]["score"]:
+            weights = {name: weight.cpu().clone() for name, weight in probe.state_dict().items()}
+            run["best"] = {"score": score, "step": run["step"], "lr": lr, "probe": weights}
 
 
-def expect(args, upstream, splits, states, make_head, loss, decode, count, pool, runs):
-    """Says what the run would take and ends the program: four steps on a batch of each split, carried over to the whole."""
-    kept, where = worth_keeping(args, upstream, states, splits)
-    print(where, flush=True)
-    for batch, steps in (2, 1), (args.batch_size, 4):  # the first pays for what is loaded once
-        some = [split.some(batch) for split in splits]
-        mine = {split.corpus: States(upstream, split.corpus) for split in some}
-        trial = {"batch_size": len(some[0].ids), "steps": steps, "eval_every": steps, "workers": 0}
-        trial = argparse.Namespace(**vars(args) | trial)
-        plan = Shuffled(some[0], trial.batch_size, args.seed)
-        _, probes, optimizers, progress = start(trial, upstream, make_head)
-        seconds = progress["seconds"]
-        with contextlib.redirect_stdout(io.StringIO()):
-            with _timed(seconds, "states"):
-                for split in some:
-                    mine[split.corpus].keep(None, split.name, trial.batch_size)
-            for step in train(trial, probes, optimizers, progress, mine, some[0], plan, loss, pool, ()):
-                progress["scored"] = step
-        with _timed(seconds, "scoring"):
-            for split in some[1:]:
-                for predictions in predict(probes, split, mine[split.corpus], decode, trial.batch_size, pool=pool):
-                    count(split.labels, predictions)
+def bootstrap(*sets, resamples=10_000, seed=0):
+    """95% interval, [low, high], of sum(errors) / sum(totals) over resampled utterances.
 
-    whole, tried = ([float(split.samples.sum()) for split in these] for these in (splits, some))
-    steps, scores = args.steps, -(-args.steps // args.eval_every)
-    heard = [steps * args.batch_size * whole[0] / len(splits[0].ids), scores * whole[1], whole[2]]  # where none is kept
-    again = sum(samples for split, samples in zip(splits, heard) if split.corpus not in kept)
-    spent = {"states": seconds["states"] / sum(tried) * (sum(corpus.samples.sum() for corpus in kept) + runs * again)}
-    spent[f"{steps:,} steps"] = seconds["training"] / 4 * steps * runs
-    spent["scores"] = seconds["scoring"] / sum(tried[1:]) * sum(heard[1:]) * runs
-    parts = ", ".join(f"{what} {report.clock(seconds)}" for what, seconds in spent.items())
-    print(f"about {report.clock(sum(spent.values()))}: {parts}{f'; {runs} probes' if runs > 1 else ''}", flush=True)
-    raise SystemExit(0)
+    sets: (errors, totals), each (utterances,); of several, such as folds, of the mean score.
+    Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
+    """
+    rng, scores = np.random.default_rng(seed), np.zeros(resamples)
+    for errors, totals in sets:
+        for resample in range(resamples):
+            drawn = rng.integers(0, len(errors), len(errors))
+            scores[resample] += errors[drawn].sum() / totals[drawn].sum() / len(sets)
+    return np.percentile(scores, [2.5, 97.5]).tolist()
 
 
-def load_run(args, fingerprints):
-    """The newest whole save in OUT, or None. Raises ValueError where it is another run's, or none is whole."""
-    run, warning = newest_save(args.out, lambda run: run["fingerprints"] and run["progress"]["step"])
-    if run is None:
-        return None
-    if run.get("format") == "ekd-probe-1":
-        progress = run["progress"]
-        progress["rates"] = [{"curve": progress.pop("curve"), "best": progress.pop("best")}]
-        run |= {"format": "ekd-probe-2", "probes": [run.pop("probe")]}
-    if run.get("format") == "ekd-probe-2":
-        run |= {"format": FORMAT, "optimizers": _apart(run.pop("optimizer"))}
-    if run.get("format") != FORMAT:
-        raise ValueError(f"{args.out}: holds saves that are not a probe's; give --out another folder")
-    check_settings(args.out, run["settings"], vars(args), FREE)
-    before = run["fingerprints"]  # the symbols were not always among them
-    changed = [name for name, value in fingerprints.items() if before.get(name, value) != value]
-    if changed:
-        raise ValueError(f"{args.out}: not the same any more: {', '.join(changed)}; restore it, or give another --out")
-    if warning:
-        processes.warn(f"{warning}, step {run['progress']['step']:,}")
-    return run
-
-
-def _apart(moments):
-    """The state of one Adam for several probes, each a group, as an Adam for each has it."""
-    apart = []
-    for group in moments["param_groups"]:
-        state = {place: moments["state"][old] for place, old in enumerate(group["params"]) if old in moments["state"]}
-        groups = [group | {"params": list(range(len(group["params"]))), "fused": True}]
-        apart.append({"state": state, "param_groups": groups})
-    return apart
-
-
-def save_run(args, fingerprints, probes, optimizers, progress):
-    run = {"format": FORMAT, "settings": vars(args), "fingerprints": fingerprints, "progress": progress}
-    run |= {"probes": [probe.state_dict() for probe in probes]}
-    run["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-    with processes.together():
-        write_whole(os.path.join(args.out, "last.pt"), lambda file: torch.save(run, file), keep=2)
-
-
-@contextlib.contextmanager
-def _timed(seconds, what):
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        seconds[what] += time.monotonic() - started
+def print_result(args, result):
+    """Prints the score with its interval, and the learned weights of the hidden states."""
+    metric = result["metric"]
+    low, high = result["interval"]
+    print(f"{metric} {result[metric.lower()]:.2%}, 95% interval {low:.2%} to {high:.2%}")
+    weights = zip(result["upstream"]["layers"], result["layer_weights"])
+    print(
+        "weights of the states:", ", ".join(f"{layer}: {weight:.2f}" for layer, weight in weights)
+    )
+    print(f"{args.out}: result.json, test.hyp, test.ref", flush=True)

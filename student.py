@@ -1,104 +1,105 @@
-"""The student: a teacher's convolutions and a few Transformer layers, with prediction heads on the last.
-
-Source: DistilHuBERT, arXiv:2110.01900; multiple heads for multiple teachers: arXiv:2302.12757.
+"""The student: a teacher's convolutions, a few Transformer layers, prediction heads on the last.
 
     student = load_student("runs/avg/student.pt")
-    states = student.hidden_states(waveforms, lengths)        # 0..N, each (batch, frames, dim)
+    states = student.hidden_states(waveforms, lengths)    # 0..N, each (batch, frames, dim)
+
+Source: DistilHuBERT, arXiv:2110.01900; heads per teacher: arXiv:2302.12757.
 """
 
+import runs
+
 import dataclasses
+import math
 import os
 
 import torch
 from torch import nn
 
 from encoder import EncoderConfig, SpeechEncoder
-from safe_files import load_safely
 
 FORMAT = "ekd-student-1"
 
 
 class Student(nn.Module):
-    """A small SpeechEncoder and one prediction head a target.
-
-    config: the encoder's sizes. heads: [(name, target dim), ...].
-    """
+    """A small SpeechEncoder with one prediction head per (name, target dim) in `heads`."""
 
     def __init__(self, config, heads):
         super().__init__()
         self.encoder = SpeechEncoder(config)
         self.head_names = [name for name, _ in heads]
-        self.heads = nn.ModuleList(
-            nn.Sequential(nn.Linear(config.dim, config.dim), nn.GELU(), nn.Linear(config.dim, dim)) for _, dim in heads
-        )
+        self.heads = nn.ModuleList()
+        for _, dim in heads:
+            hidden = nn.Linear(config.dim, config.dim)
+            self.heads.append(nn.Sequential(hidden, nn.GELU(), nn.Linear(config.dim, dim)))
 
     def forward(self, waveforms, lengths=None):
-        """waveforms (batch, samples) at 16 kHz, lengths in samples or None. Returns [(batch, frames, target dim)], one a head."""
+        """One (batch, frames, target dim) per head, for waveforms and lengths of the encoder."""
         last = self.encoder(waveforms, lengths, layers=[self.encoder.config.layers])[0]
         return [head(last) for head in self.heads]
 
     def hidden_states(self, waveforms, lengths=None):
-        """Hidden states 0..N for downstream use, each (batch, frames, dim); 0 is the input of layer 1."""
+        """Hidden states 0..N for downstream tasks, each (batch, frames, dim)."""
         return self.encoder(waveforms, lengths)
 
 
-def student_config(teacher, layers=2, dropout=0.1):
-    """The student's EncoderConfig: the teacher's sizes with fewer layers, and no relative positions if it is a WavLM.
+def student_config(teacher, layers=2, dropout=0.1, dim=None):
+    """The EncoderConfig of a teacher with fewer layers and without relative positions.
 
+    dim: the width, by default the teacher's. Another one has feed-forward layers of 4 dim, and
+        the fewest attention heads that divide it into at most 64 dims each.
     The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT.
     """
-    return dataclasses.replace(
-        teacher, layers=layers, relative_buckets=0, weight_norm=True, dropout=dropout, conv_gradient_scale=0.1
-    )
+    sizes = {"layers": layers, "dropout": dropout, "relative_buckets": 0}
+    sizes |= {"weight_norm": True, "conv_gradient_scale": 0.1}
+    if dim not in (None, teacher.dim):
+        sizes |= {"dim": dim, "ffn_dim": 4 * dim, "projection": True}
+        sizes["heads"] = next(n for n in range(1, dim + 1) if dim % n == 0 and dim / n <= 64)
+        sizes["pos_groups"] = math.gcd(dim, teacher.pos_groups)
+    return dataclasses.replace(teacher, **sizes)
 
 
 def initialise(student, teacher):
-    """Copies the teacher's convolutions, projection, positional convolution and first layers into the student.
+    """Copies a teacher's convolutions, projection, position embedding and first layers.
 
-    teacher: a SpeechEncoder of the student's sizes. WavLM's relative-position parts are left out.
-    Raises ValueError where the teacher has fewer layers than the student.
+    If the widths differ, the convolutions alone. Raises ValueError for a too shallow teacher.
     """
     encoder = student.encoder
+    if encoder.config.dim != teacher.config.dim:
+        encoder.feature_extractor.load_state_dict(teacher.feature_extractor.state_dict())
+        return
     if encoder.config.layers > teacher.config.layers:
         depths = f"{encoder.config.layers} layers, the first teacher {teacher.config.layers}"
-        raise ValueError(f"the student has {depths}; it can only start from random weights")
+        raise ValueError(f"the student has {depths}; it needs random initial weights")
     weights = teacher.state_dict()
     if not encoder.config.pos_depth:
-        # The weight normalisation splits it again, and keeps the storage that it is given: a copy, or training the
-        # student would change the teacher.
         conv = encoder.positional_embedding.conv
-        with torch.no_grad():
-            conv.weight = weights.pop("positional_embedding.conv.weight").to(conv.bias.device, copy=True)
-    own = encoder.state_dict()
-    encoder.load_state_dict({name: weights.get(name, own[name]) for name in own})
+        with torch.no_grad():  # a clone, since weight_norm keeps the storage it is given
+            conv.weight = weights["positional_embedding.conv.weight"].clone().to(conv.bias)
+    names = encoder.state_dict().keys() & weights.keys()
+    encoder.load_state_dict({name: weights[name] for name in names}, strict=False)
 
 
-def save_student(student, file, **about):
-    """Writes a student to a path or an open file: sizes, heads and weights in plain types (`weights_only=True` reads it).
-
-    about: how it was made, such as its teachers, aggregation, layers and step, for its model card (see export.py).
-    """
+def save_student(student, path, **about):
+    """Writes sizes, heads, weights, and `about`: teachers, aggregation, layers, step, ..."""
     heads = [(name, head[-1].out_features) for name, head in zip(student.head_names, student.heads)]
+    weights = {name: weight.detach().cpu() for name, weight in student.state_dict().items()}
     config = dataclasses.asdict(student.encoder.config)
-    weights = {name: tensor.detach().cpu() for name, tensor in student.state_dict().items()}
-    torch.save({"format": FORMAT, "config": config, "heads": heads, "weights": weights, **about}, file)
+    content = {"format": FORMAT, "config": config, "heads": heads, "weights": weights}
+    runs.save(path, content | about)
 
 
 def load_student(path, device="cpu"):
-    """The Student in a student.pt that train.py wrote, or in the folder of a run, on `device`, in eval mode.
+    """The Student of a student.pt or of the folder of a run, in eval mode.
 
-    Raises FileNotFoundError where there is none, ValueError where the file is something else.
+    Raises FileNotFoundError or ValueError, in one line.
     """
     if os.path.isdir(path):
         path = os.path.join(path, "student.pt")
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such student; train.py writes OUT/student.pt")
-    try:
-        saved = load_safely(path)
-        if saved["format"] != FORMAT:
-            raise ValueError(saved["format"])
-        student = Student(EncoderConfig(**saved["config"]), saved["heads"])
-        student.load_state_dict(saved["weights"])
-    except Exception:  # a damaged file can raise nearly anything
-        raise ValueError(f"{path}: damaged, or not a student; give a student.pt that train.py wrote") from None
+    saved = runs.load(path)
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a student that train.py wrote")
+    student = Student(EncoderConfig(**saved["config"]), saved["heads"])
+    student.load_state_dict(saved["weights"])
     return student.to(device).eval()

@@ -1,8 +1,9 @@
-"""data.py: finding, reading and cutting audio."""
+"""data.py: finding, reading and batching audio."""
 
 import os
+import pathlib
+import random
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torchaudio
 from conftest import shared, write_audio
 
 import data
-from data import Batches, Corpus, find_corpus, load_batches, read_audio, write_manifest
+from data import Corpus, TrainBatches, find_corpus, load_batches, read_audio, read_manifest
 
 LENGTHS = [400, 1000, 3199, 3200, 5000, 9600, 16000, 16001, 20000, 24000, 30000, 40000] * 3
 
@@ -21,285 +22,337 @@ LENGTHS = [400, 1000, 3199, 3200, 5000, 9600, 16000, 16001, 20000, 24000, 30000,
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("audio")
     write_audio(folder, LENGTHS)
-    return find_corpus(str(folder), ["."])
+    return find_corpus(folder, ["."])
 
 
-# ---------------------------------------------------------------- which files
+# ------------------------------------------------------------------ finding
 
 
-def test_any_folder_of_audio_is_found_and_measured(tmp_path):
+def test_audio_of_any_format_and_rate_is_found_and_measured(tmp_path):
     write_audio(tmp_path / "a" / "deep er", [5000, 800], suffix=".wav")
     write_audio(tmp_path / "b", [7000, 7001], rate=8000, seed=1)
     write_audio(tmp_path / "b" / "überall", [4410], rate=44100, suffix=".ogg")
-    write_audio(tmp_path / "not asked for", [5000])
+    write_audio(tmp_path / "not a split", [5000])
+    soundfile.write(tmp_path / "a" / "telephone.sph", np.zeros(6000), 16000, format="NIST")
     (tmp_path / "a" / "notes.txt").write_text("no audio")
-    found = find_corpus(str(tmp_path), ["a", "b"])
-    names = ["a/deep er/000.wav", "a/deep er/001.wav", "b/000.flac", "b/001.flac", "b/überall/000.ogg"]
-    assert dict(zip(found.paths, found.samples.tolist())) == dict(zip(names, [5000, 800, 14000, 14002, 1600]))
-    for path, samples in zip(found.paths, found.samples):
-        assert len(read_audio(os.path.join(found.root, path))) == samples
+    found = find_corpus(tmp_path, ["a", "b"])
+    lengths = {"a/deep er/000.wav": 5000, "a/deep er/001.wav": 800, "a/telephone.sph": 6000}
+    lengths |= {"b/000.flac": 14000, "b/001.flac": 14002, "b/überall/000.ogg": 1600}
+    assert dict(zip(found.paths, found.samples.tolist())) == lengths
+    assert [len(found.read(i)) for i in range(6)] == found.samples.tolist()
 
 
-def test_a_scan_is_kept_as_a_fairseq_manifest_and_not_repeated(tmp_path, monkeypatch):
-    folder = tmp_path / "corpus"
-    write_audio(folder / "one", [5000, 6000])
-    time.sleep(0.1)  # what changed just before a scan is looked at again
-    first = find_corpus(str(folder), ["one"])
-    cache = os.path.join(torch.hub.get_dir(), "ekd-manifests")
-    manifest = next(name for name in os.listdir(cache) if name.startswith("corpus-") and name.endswith(".tsv"))
-    lines = open(os.path.join(cache, manifest)).read().splitlines()
-    assert lines == [str(folder), "one/000.flac\t5000", "one/001.flac\t6000"]
-
-    monkeypatch.setattr(data.soundfile, "info", lambda *_: pytest.fail("a header was read again"))
-    assert find_corpus(str(folder), ["one"]).fingerprint() == first.fingerprint()
-    monkeypatch.undo()
-    time.sleep(0.02)
-    write_audio(folder / "one" / "new", [7000])
-    assert find_corpus(str(folder), ["one"]).samples.tolist() == [5000, 6000, 7000]
+def test_dot_files_are_ignored_and_formats_that_cannot_be_read_are_counted(tmp_path, capsys):
+    write_audio(tmp_path, [5000])
+    (tmp_path / "._000.flac").write_bytes(b"\0\5\x16\7 AppleDouble")
+    (tmp_path / ".cache").mkdir()
+    write_audio(tmp_path / ".cache", [5000])
+    for name in ("a.m4a", "b.M4A", "c.wma"):
+        (tmp_path / name).write_bytes(b"?")
+    assert find_corpus(tmp_path, ["."]).paths == ["000.flac"]
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "2 .m4a" in line and "1 .wma" in line
 
 
-def test_a_fairseq_manifest_is_read_as_it_is(tmp_path):
-    write_audio(tmp_path, [5000, 6000])
-    manifest = tmp_path / "train.tsv"
-    manifest.write_text(f"{tmp_path}\r\n000.flac\t5000\r\n{tmp_path}/001.flac\t6000\r\n")
-    found = find_corpus(str(manifest))
-    assert found.samples.tolist() == [5000, 6000]
-    assert [len(read_audio(os.path.join(found.root, path))) for path in found.paths] == [5000, 6000]
+def test_a_link_to_a_folder_is_followed_once(tmp_path):
+    write_audio(tmp_path / "here", [5000])
+    write_audio(tmp_path / "there", [6000])
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
+    (tmp_path / "here" / "loop").symlink_to(tmp_path / "here")
+    assert find_corpus(tmp_path, ["here"]).paths == ["here/000.flac", "here/link/000.flac"]
 
 
-def test_a_line_that_is_no_manifests_is_named(tmp_path):
-    (tmp_path / "train.tsv").write_text("/root\na.flac\t5000\nb.flac 6000\n")
-    with pytest.raises(ValueError, match="line 3"):
-        find_corpus(str(tmp_path / "train.tsv"))
+@pytest.mark.parametrize("length", [0, 2**36 - 1])
+def test_a_flac_without_a_length_is_skipped_and_named(tmp_path, capsys, length):
+    paths = write_audio(tmp_path, [6000] * 100)
+    content = bytearray(paths[3].read_bytes())
+    rest = int.from_bytes(content[18:26], "big") >> 36 << 36  # STREAMINFO ends with 36 bits of it
+    content[18:26] = (rest | length).to_bytes(8, "big")
+    paths[3].write_bytes(content)
+    found = find_corpus(tmp_path, ["."])
+    assert len(found) == 99 and 0 < found.hours() < 1
+    line = capsys.readouterr().err
+    assert "003.flac" in line and "length" in line and line.count("\n") == 1
 
 
-def test_files_that_cannot_be_read_or_are_too_short_are_left_out_and_named(tmp_path):
-    write_audio(tmp_path, [5000] * 110 + [399, 0, 400])
-    (tmp_path / "broken.flac").write_bytes(b"fLaC and nothing more")
-    found = find_corpus(str(tmp_path), ["."])
-    assert len(found) == 111 and found.samples.min() == 400
-    assert set(found.left_out) == {"110.flac", "111.flac", "broken.flac"}
-    assert "399" in found.left_out["110.flac"] and "read" in found.left_out["broken.flac"]
-    assert find_corpus(str(tmp_path), ["."]).left_out == found.left_out  # from the manifest too
+def test_over_one_percent_of_unreadable_files_is_an_error_that_names_one(tmp_path, capsys):
+    paths = write_audio(tmp_path, [5000] * 99 + [399])
+    paths[7].write_bytes(b"fLaC and nothing more")
+    assert len(find_corpus(tmp_path, ["."])) == 98
+    warnings = capsys.readouterr().err
+    assert "007.flac" in warnings and "099.flac: 399 samples" in warnings
+    paths[8].write_bytes(b"")
+    with pytest.raises(ValueError, match="2 of 100 audio files .* 00[78].flac"):
+        find_corpus(tmp_path, ["."])
 
 
-@pytest.mark.parametrize("how", ["copied with its time", "written anew, longer"])
-def test_a_corpus_that_is_mended_in_place_is_accepted(tmp_path, how):
-    paths = write_audio(tmp_path / "audio", [5000] * 12)
-    whole = tmp_path / "whole.flac"
-    shutil.copy2(paths[3], whole)
-    time.sleep(0.1)
-    paths[3].write_bytes(b"")
-    with pytest.raises(ValueError, match="1 of 12"):
-        find_corpus(str(tmp_path / "audio"), ["."])
-    time.sleep(0.1)
-    if how.startswith("copied"):
-        shutil.copy2(whole, paths[3])
-        lengths = [5000] * 12
-    else:
-        soundfile.write(paths[3], np.zeros(7000), 16000)
-        lengths = [5000] * 3 + [7000] + [5000] * 8
-    assert find_corpus(str(tmp_path / "audio"), ["."]).samples.tolist() == lengths
-    time.sleep(0.1)
-    soundfile.write(paths[5], np.zeros(8000), 16000)  # of an accepted scan too
-    assert find_corpus(str(tmp_path / "audio"), ["."]).samples[5] == 8000
-
-
-def test_a_damaged_manifest_in_the_cache_is_made_anew(tmp_path):
-    write_audio(tmp_path / "kept", [5000])
-    find_corpus(str(tmp_path / "kept"), ["."])
-    cache = os.path.join(torch.hub.get_dir(), "ekd-manifests")
-    (name,) = (name for name in os.listdir(cache) if name.startswith("kept-") and name.endswith(".tsv"))
-    with open(os.path.join(cache, name), "w") as file:
-        file.write("/nowhere\nhalf a li")
-    assert find_corpus(str(tmp_path / "kept"), ["."]).samples.tolist() == [5000]
-
-
-def test_names_that_are_not_utf_8_are_read_and_names_with_a_line_break_are_counted(tmp_path):
+def test_names_that_are_not_utf8_are_read(tmp_path):
     (whole,) = write_audio(tmp_path, [5000])
-    odd = os.path.join(os.fsencode(tmp_path), b"\xff\xfe.flac")
-    shutil.copy(whole, odd)
-    for name in ("two\nlines.flac", "two\rlines.flac"):
-        shutil.copy(whole, tmp_path / name)
-    for _ in range(2):  # from the manifest too
-        found = find_corpus(str(tmp_path), ["."])
-        assert found.samples.tolist() == [5000, 5000] and os.fsdecode(b"\xff\xfe.flac") in found.paths
-        assert found.left_out == dict.fromkeys(["two\nlines.flac", "two\rlines.flac"], "a line break in its name")
-    assert not Batches(found, 2, 25000)[0]["left_out"]
+    os.rename(whole, os.path.join(os.fsencode(tmp_path), b"\xff\xfe.flac"))
+    found = find_corpus(tmp_path, ["."])
+    data.write_manifest(tmp_path / "list.tsv", found)
+    assert len(read_manifest(tmp_path / "list.tsv").read(0)) == 5000
 
 
-def test_a_manifest_with_a_byte_order_mark_and_a_relative_root_is_read(tmp_path):
-    write_audio(tmp_path / "audio", [5000, 6000])
-    (tmp_path / "lists").mkdir()
-    lines = "../audio\n000.flac\t5000\n001.flac\t6000\n"
-    (tmp_path / "lists" / "train.tsv").write_bytes(b"\xef\xbb\xbf" + lines.encode())
-    found = find_corpus(str(tmp_path / "lists" / "train.tsv"))
-    assert not Batches(found, 2, 25000)[0]["left_out"] and found.samples.tolist() == [5000, 6000]
+@pytest.mark.parametrize("rate", [16000, 44100])
+def test_long_files_are_used_in_equal_pieces_that_join_to_the_file(tmp_path, rate):
+    write_audio(tmp_path, [rate, 5 * rate], rate=rate)
+    found = find_corpus(tmp_path, ["."], max_seconds=1.5)
+    assert found.paths == ["000.flac"] + ["001.flac"] * 4 and found.files == 2
+    assert found.starts.tolist() == [0, 0, 20000, 40000, 60000]
+    assert found.samples.tolist() == [16000] + [20000] * 4
+    data.write_manifest(tmp_path / "list.tsv", found)
+    listed = read_manifest(tmp_path / "list.tsv")
+    joined = torch.cat([listed.read(i) for i in range(1, 5)])
+    whole = read_audio(tmp_path / "001.flac")
+    assert (joined - whole).abs().max() < 1e-5
+    with pytest.raises(ValueError, match="--max-seconds"):
+        find_corpus(tmp_path, ["."], max_seconds=0.01)
 
 
-@pytest.mark.parametrize("length", ["²", "99999999999999999999", "-5", "5e3", ""])
-def test_a_length_that_is_none_is_refused_by_its_line(tmp_path, length):
-    (tmp_path / "train.tsv").write_text(f"/root\na.flac\t5000\nb.flac\t{length}\n")
-    with pytest.raises(ValueError, match=r"train\.tsv, line 3"):
-        find_corpus(str(tmp_path / "train.tsv"))
+# ------------------------------------------------------------------ manifests
 
 
-def test_a_manifest_of_files_that_cannot_be_read_is_named(tmp_path):
-    (tmp_path / "train.tsv").write_text("/root\na.flac\t5000\nb.flac\t0\n")
-    with pytest.raises(ValueError, match=r"train\.tsv: 1 of 2"):
-        find_corpus(str(tmp_path / "train.tsv"))
+@pytest.mark.parametrize("form", ["absolute", "relative root", "CRLF"])
+def test_fairseqs_manifests_are_read(tmp_path, form):
+    paths = write_audio(tmp_path / "audio", [5000, 6000])
+    root = "audio" if form == "relative root" else f"{tmp_path}/audio"
+    names = paths if form == "absolute" else ["000.flac", "001.flac"]
+    end = "\r\n" if form == "CRLF" else "\n"
+    lines = [root, f"{names[0]}\t5000", f"{names[1]}\t6000", ""]
+    (tmp_path / "train.tsv").write_bytes(end.join(lines).encode())
+    found = find_corpus(tmp_path / "train.tsv")
+    assert [len(found.read(i)) for i in range(2)] == [5000, 6000]
 
 
-def test_over_one_percent_of_unreadable_files_is_an_error(tmp_path):
-    write_audio(tmp_path, [5000] * 50)
-    (tmp_path / "broken.flac").write_bytes(b"")
-    with pytest.raises(ValueError, match="1 of 51.*over 1%"):
-        find_corpus(str(tmp_path), ["."])
+def test_a_manifest_that_counts_at_another_rate_is_refused_with_the_cause(tmp_path):
+    write_audio(tmp_path, [7000, 7001], rate=8000)
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\n000.flac\t7000\n001.flac\t7001\n")
+    with pytest.raises(ValueError, match="train.tsv: 000.flac is counted at 8000 Hz"):
+        find_corpus(tmp_path / "train.tsv")
+    (tmp_path / "train.tsv").write_text(f"{tmp_path}\n000.flac\t14000\n001.flac\t14002\n")
+    assert find_corpus(tmp_path / "train.tsv").samples.tolist() == [14000, 14002]
 
 
-def test_missing_or_empty_data_is_refused_in_words(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        find_corpus(str(tmp_path / "nowhere"))
-    with pytest.raises(FileNotFoundError, match="no such split"):
-        find_corpus(str(tmp_path), ["train-clean-100"])
-    with pytest.raises(ValueError, match="no audio"):
-        find_corpus(str(tmp_path), ["empty"])
-    with pytest.raises(FileNotFoundError, match="gone.tsv"):
-        find_corpus(str(tmp_path / "gone.tsv"))
+@pytest.mark.parametrize("line", ["b.flac 6000", "b.flac\t-1", "b.flac\tten"])
+def test_a_line_that_is_not_of_a_manifest_is_named(tmp_path, line):
+    (tmp_path / "train.tsv").write_text(f"/root\na.flac\t5000\n{line}\n")
+    with pytest.raises(ValueError, match="line 3"):
+        find_corpus(tmp_path / "train.tsv")
 
 
-# ---------------------------------------------------------------- reading
+# ------------------------------------------------------------------ reading
 
 
-def test_channels_are_averaged_and_rates_resampled(tmp_path):
-    left, right = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 44100))
-    soundfile.write(tmp_path / "stereo.wav", np.stack([left, right], axis=1), 44100, subtype="FLOAT")
-    mono = torch.from_numpy(((left + right) / 2).astype(np.float32))
-    expected = torchaudio.functional.resample(mono, 44100, 16000)
-    assert torch.allclose(read_audio(tmp_path / "stereo.wav"), expected, atol=1e-6)
-    assert torch.allclose(read_audio(tmp_path / "stereo.wav", 1000, 500), expected[1000:1500], atol=1e-6)
+CASES = [(8000, "flac"), (11025, "flac"), (22050, "flac"), (44100, "flac"), (48000, "flac")]
+CASES += [(44100, "mp3"), (44100, "ogg"), (16000, "mp3"), (192000, "wav")]
 
 
-def test_only_the_samples_needed_are_read(tmp_path, monkeypatch):
-    path = write_audio(tmp_path, [50000])[0]
-    whole, asked = read_audio(path), []
+@pytest.mark.parametrize("rate, form", CASES)
+def test_a_piece_is_that_of_the_whole_file_and_only_the_piece_is_read(
+    tmp_path, monkeypatch, rate, form
+):
+    (path,) = write_audio(tmp_path, [6 * rate], rate=rate, suffix=f".{form}")
+    stereo, _ = soundfile.read(path)
+    soundfile.write(path, np.stack([stereo, -0.5 * stereo], 1), rate)
+    whole, _ = soundfile.read(path, dtype="float32")
+    expected = torch.from_numpy(whole.mean(axis=1))
+    if rate != 16000:
+        expected = torchaudio.functional.resample(expected, rate, 16000)
+    assert torch.equal(read_audio(path), expected)
     read = soundfile.SoundFile.read
+    sizes = []
     monkeypatch.setattr(
-        soundfile.SoundFile,
-        "read",
-        lambda self, frames=-1, **k: asked.append((self.tell(), frames)) or read(self, frames, **k),
+        soundfile.SoundFile, "read", lambda self, n, **k: sizes.append(n) or read(self, n, **k)
     )
-    assert torch.equal(read_audio(path, 20000, 1234), whole[20000:21234])
-    assert asked == [(20000, 1234)]
+    for start, samples in [(0, 16000), (12345, 8000), (len(expected) - 4001, 4001)]:
+        piece = read_audio(path, start, samples)
+        assert (piece - expected[start : start + samples]).abs().max() < 1e-5, (start, samples)
+    assert max(sizes) < 1.3 * rate + 12 * rate
 
 
-@pytest.mark.parametrize("rate", [8000, 16000])
-def test_a_file_that_ends_too_early_or_holds_no_numbers_is_an_error(rate, tmp_path):
-    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), rate, subtype="FLOAT")
-    with pytest.raises(ValueError, match="finite"):
-        read_audio(tmp_path / "nan.wav", 0, 4000)
-    with pytest.raises(ValueError, match="ends after"):
-        read_audio(write_audio(tmp_path, [5000], rate)[0], 8000, 4000)
+def test_the_length_is_that_of_torchaudios_resampling(tmp_path):
+    for rate in (8000, 22050, 44100, 48000):
+        for frames in (1000, 1001, 1337):
+            resampled = torchaudio.functional.resample(torch.zeros(frames), rate, 16000)
+            assert data.resampled_length(frames, rate) == len(resampled)
 
 
-# ---------------------------------------------------------------- batches
+@pytest.mark.parametrize("damage", ["truncated", "replaced", "nan", "odd rate"])
+def test_damaged_audio_raises_an_error_with_the_cause(tmp_path, damage):
+    (path,) = write_audio(tmp_path, [9000], suffix=".wav")
+    if damage == "truncated":
+        (path,) = write_audio(tmp_path, [90000])
+        path.write_bytes(path.read_bytes()[:2000])
+    elif damage == "nan":
+        soundfile.write(path, np.full(9000, np.nan), 16000, subtype="FLOAT")
+    elif damage == "odd rate":
+        soundfile.write(path, np.zeros(9000), 15999)
+    causes = {"replaced": "has 9000 samples at 16 kHz, had 8000 when", "nan": "not finite"}
+    causes["odd rate"] = "15999 Hz"
+    with pytest.raises((ValueError, soundfile.SoundFileError), match=causes.get(damage, "")):
+        read_audio(path, file_samples=8000 if damage == "replaced" else None)
 
 
-def everything(corpus, processes=1, workers=0, first=0, last=6, seed=0):
-    """(paths, waveforms) of each step's global batch, as `processes` processes with `workers` each would load it."""
-    shares = [
-        load_batches(Batches(corpus, 8, 25000, seed, rank, processes), first, last, workers)
-        for rank in range(processes)
-    ]
-    return [(sum((s["paths"] for s in step), []), torch.cat([s["waveforms"] for s in step])) for step in zip(*shares)]
+# ------------------------------------------------------------------ batches
 
 
-def same(a, b):
-    return len(a) == len(b) and all(p == q and torch.equal(v, w) for (p, v), (q, w) in zip(a, b))
-
-
-def test_batches_are_the_same_for_any_number_of_processes_and_workers(corpus):
-    one = everything(corpus)
-    assert same(everything(corpus, processes=2), one)
-    assert same(everything(corpus, processes=4, workers=1), one)
-    assert same(everything(corpus, workers=2), one)
-
-
-def test_a_resume_goes_on_where_it_left_off_and_reads_nothing_before(corpus, monkeypatch):
-    whole, read = everything(corpus, last=10), []
-    monkeypatch.setattr(data, "read_audio", lambda path, *rest: read.append(path) or read_audio(path, *rest))
-    assert same(everything(corpus, first=7, last=10), whole[7:])
-    assert len(read) == 3 * 8
-
-
-def test_seeds_and_epochs_differ(corpus):
-    batches = Batches(corpus, 8, 25000)
-    orders = [batches.plan(epoch)[0].tolist() for epoch in (0, 1)] + [
-        Batches(corpus, 8, 25000, seed=1).plan(0)[0].tolist()
-    ]
-    assert orders[0] != orders[1] and orders[0] != orders[2]
-    assert orders[0] == Batches(corpus, 8, 25000).plan(0)[0].tolist()
-
-
-def test_an_epoch_takes_no_utterance_twice_and_leaves_out_less_than_a_batch(corpus):
+def test_every_step_has_crops_of_one_length_of_utterances_of_similar_length(corpus):
+    batches = TrainBatches(corpus, 6)
     for epoch in range(3):
-        taken = Batches(corpus, 8, 25000).plan(epoch)[0].ravel()
-        assert len(set(taken.tolist())) == len(taken) == len(corpus) // 8 * 8
-
-
-def test_nothing_is_padded_and_cuts_are_on_the_grid_up_to_the_longest_allowed(corpus):
-    batches, cuts = Batches(corpus, 8, 25000), []
-    for step in range(12):
+        utterances, crops, _ = batches.plan(epoch)
+        assert sorted(utterances.flatten().tolist()) == list(range(36))
+        lengths = corpus.samples[utterances]
+        assert (crops <= lengths.min(axis=1)).all()
+        assert crops.sum() * 6 > 0.6 * corpus.samples.sum()
+    first, second = (batches.plan(epoch)[0] for epoch in (0, 1))
+    assert not np.array_equal(first, second)
+    for step in range(6):
         item = batches[step]
-        cuts.append(item["waveforms"].shape[1])
-        members = [corpus.samples[corpus.paths.index(path)] for path in item["paths"]]
-        assert cuts[-1] <= min(members) and cuts[-1] <= 25000
-        assert cuts[-1] % 3200 == 0 or cuts[-1] == min(members) < 3200
-        assert (item["waveforms"].abs().amax(dim=1) > 0).all() and not item["left_out"]
-    assert max(cuts) == 22400
+        assert item["waveforms"].shape == (6, crops_of(batches, 0)[step]) and not item["skipped"]
 
 
-def test_similar_lengths_come_together():
-    samples = np.random.default_rng(0).integers(16000, 240000, 2400)
-    corpus = Corpus("/", [str(i) for i in range(2400)], samples)
-    utterances, cuts, _ = Batches(corpus, 24, 250000).plan(0)
-    assert (cuts * 24).sum() > 0.93 * samples[utterances].sum()
+def crops_of(batches, epoch):
+    return batches.plan(epoch)[1].tolist()
 
 
-def test_crops_fall_anywhere_in_an_utterance(corpus):
-    paths = corpus.paths.index("011.flac")
-    positions = [Batches(corpus, 8, 25000).plan(epoch)[2][paths] for epoch in range(50)]
-    assert min(positions) < 0.15 and max(positions) > 0.85
+def test_the_number_of_ranks_and_of_workers_changes_no_batch(corpus):
+    alone = [TrainBatches(corpus, 6, seed=3)[step] for step in range(4, 9)]
+    shares = [TrainBatches(corpus, 6, 3, rank, 3) for rank in range(3)]
+    loaders = [load_batches(share, range(4, 9), workers=rank) for rank, share in enumerate(shares)]
+    for whole, *parts in zip(alone, *loaders):
+        assert torch.equal(whole["waveforms"], torch.cat([part["waveforms"] for part in parts]))
+        assert whole["paths"] == sum((part["paths"] for part in parts), [])
 
 
-def test_an_utterance_that_cannot_be_read_is_silent_and_named(tmp_path):
-    write_audio(tmp_path, [5000] * 4)
-    found = find_corpus(str(tmp_path), ["."])
-    (tmp_path / "002.flac").write_bytes((tmp_path / "002.flac").read_bytes()[:300])
-    os.remove(tmp_path / "003.flac")
-    item = Batches(found, 4, 25000)[0]
-    assert set(item["left_out"]) == {"002.flac", "003.flac"}
-    silent = {path for path, waveform in zip(item["paths"], item["waveforms"]) if not waveform.any()}
-    assert silent == {"002.flac", "003.flac"}
+def test_an_unreadable_utterance_is_replaced_by_the_next_of_its_batch(tmp_path):
+    paths = write_audio(tmp_path, [6000] * 8)
+    found = find_corpus(tmp_path, ["."])
+    whole = TrainBatches(found, 8)[0]
+    paths[1].unlink()
+    soundfile.write(paths[2], np.zeros(6400), 16000)
+    batches = [TrainBatches(found, 8)[0]]
+    batches.append([TrainBatches(found, 8, 0, rank, 8)[0] for rank in range(8)])
+    alone, shares = batches
+    assert set(alone["skipped"]) == {"001.flac", "002.flac"}
+    assert "6400 samples at 16 kHz, had 6000" in alone["skipped"]["002.flac"]
+    by_path = dict(zip(whole["paths"], whole["waveforms"]))
+    assert all(map(torch.equal, alone["waveforms"], (by_path[path] for path in alone["paths"])))
+    assert torch.equal(alone["waveforms"], torch.cat([share["waveforms"] for share in shares]))
+    for path in paths:
+        path.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="no utterance is readable"):
+        TrainBatches(found, 8)[0]
 
 
-def test_batches_that_cannot_be_made_are_refused(corpus):
-    with pytest.raises(ValueError, match="a batch of 8 does not divide over 3"):
-        Batches(corpus, 8, 25000, world_size=3)
-    with pytest.raises(ValueError, match="a batch of 40 is more than the 36 utterances"):
-        Batches(corpus, 40, 25000)
+def test_a_batch_larger_than_the_corpus_is_refused(corpus):
+    with pytest.raises(ValueError, match="37 .* 36"):
+        TrainBatches(corpus, 37)
 
 
-def test_a_manifest_of_librispeechs_size_is_read_and_planned_quickly(tmp_path):
-    paths = [f"train-clean-360/{i // 100}/{i // 10}/{i // 100}-{i // 10}-{i:04d}.flac" for i in range(281_000)]
-    write_manifest(str(tmp_path / "big.tsv"), "/data", paths, [16000 + i for i in range(281_000)])
-    start = time.monotonic()
-    Batches(find_corpus(str(tmp_path / "big.tsv")), 24, 250_000).plan(0)
-    assert time.monotonic() - start < 10
+def test_too_little_shared_memory_is_an_error_at_the_start(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 3, 64e6))
+    data.check_shared_memory(24e6, workers=0)
+    data.check_shared_memory(24e6, workers=1)
+    with pytest.raises(ValueError, match="--workers 4 need 192 MB of 64 .*--shm-size"):
+        data.check_shared_memory(24e6, workers=4)
 
 
-def test_real_speech_in_librispeechs_layout_is_found():
-    found = find_corpus(str(shared("speech/LibriSpeech")), ["dev-clean", "test-clean"])
-    assert len(found) == 74 and not found.left_out
-    assert all(len(read_audio(os.path.join(found.root, p))) == n for p, n in zip(found.paths[:5], found.samples))
+# ------------------------------------------------------------------ damaged files
+
+
+MUTATIONS = ["truncated", "flipped", "header", "empty", "nan", "infinite", "8 channels", "192 kHz"]
+
+
+def mutate(path, how, rng):
+    """Writes a broken or unusual file."""
+    noise = np.random.default_rng(rng.randrange(10**9))
+    sound = 0.1 * noise.standard_normal(rng.randrange(500, 6000))
+    if how in ("nan", "infinite"):
+        path = path.with_suffix(".wav")
+        sound[rng.randrange(len(sound))] = np.nan if how == "nan" else np.inf
+        soundfile.write(path, sound, 16000, subtype="FLOAT")
+    elif how == "8 channels":
+        soundfile.write(path, np.repeat(sound[:, None], 8, axis=1), 16000)
+    else:
+        soundfile.write(path, sound, 192000 if how == "192 kHz" else 16000)
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: rng.randrange(len(content))]
+    elif how == "flipped":
+        for _ in range(rng.choice([1, 8, 64])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif how == "header":
+        content[:44] = rng.randbytes(44)
+    elif how == "empty":
+        content = b""
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("count", [80, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_audio_is_used_or_skipped_by_name_and_never_spoils_a_batch(tmp_path, count):
+    rng = random.Random(count)
+    for number in range(count):
+        ending = rng.choice([".flac", ".wav", ".ogg"])
+        mutate(tmp_path / f"{number:04d}{ending}", MUTATIONS[number % len(MUTATIONS)], rng)
+    paths = sorted(path.name for path in tmp_path.iterdir())
+    lengths, skipped = data.read_lengths(tmp_path, paths)
+    long_enough = [path for path in lengths if lengths[path] >= 400]
+    found = Corpus(tmp_path, long_enough, [0] * len(long_enough), [lengths[p] for p in long_enough])
+    read = set()
+    for i in range(len(found)):
+        try:
+            waveform = found.read(i)
+            assert waveform.isfinite().all() and len(waveform) == found.samples[i]
+            read.add(found.paths[i])
+        except (soundfile.SoundFileError, OSError, ValueError) as error:
+            assert str(error)
+            skipped[found.paths[i]] = str(error)
+    assert read | skipped.keys() | {p for p in lengths if lengths[p] < 400} == set(paths)
+    assert count / 5 < len(read) < count
+
+
+def test_real_speech_is_found_with_its_transcripts_beside_it():
+    found = find_corpus(shared("speech/LibriSpeech"), ["dev-clean"])
+    assert 20 < len(found) and 0.01 < found.hours() < 1
+    path = pathlib.Path(found.root, found.paths[0])
+    assert len(found.read(0)) == soundfile.info(path).frames
+
+
+# ------------------------------------------------------------------ noise
+
+
+def decibels(clean, mixed):
+    return 10 * np.log10(float(clean.square().sum() / (mixed - clean).square().sum()))
+
+
+def test_noise_has_the_signal_to_noise_ratio_and_depends_on_the_numbers_only(tmp_path):
+    write_audio(tmp_path / "noise", [3000, 90000], seed=5)  # one repeated, one cropped
+    write_audio(tmp_path / "noise" / "telephone", [20000], 8000, seed=6)
+    clean = torch.randn(16000, generator=torch.Generator().manual_seed(0))
+    noise = data.Noise(tmp_path / "noise", [5, 5])
+    mixed = [noise.mix(clean, 0, 0, i) for i in range(30)]
+    assert all(decibels(clean, x) == pytest.approx(5, abs=0.01) for x in mixed)
+    assert torch.equal(mixed[7], noise.mix(clean, 0, 0, 7))
+    assert len({float(x[0]) for x in mixed}) == 30
+    noise = data.Noise(tmp_path / "noise", [0, 20], probability=0.5)
+    mixed = [noise.mix(clean, 0, 0, i) for i in range(200)]
+    ratios = [decibels(clean, x) for x in mixed if not torch.equal(x, clean)]
+    assert 70 < len(ratios) < 130 and 0 <= min(ratios) < 2 and 18 < max(ratios) <= 20
+
+
+def test_batches_have_clean_and_noisy_waveforms_whatever_the_ranks(corpus, tmp_path):
+    write_audio(tmp_path, [5000], seed=5)
+    noise = data.Noise(tmp_path, [0, 10])
+    alone = TrainBatches(corpus, 6, noise=noise)[8]
+    shares = [TrainBatches(corpus, 6, 0, rank, 2, noise)[8] for rank in range(2)]
+    assert torch.equal(alone["waveforms"], TrainBatches(corpus, 6)[8]["waveforms"])
+    assert torch.equal(alone["noisy"], torch.cat([share["noisy"] for share in shares]))
+    assert not torch.equal(alone["noisy"], alone["waveforms"])
+
+
+def test_a_folder_without_noise_is_an_error_and_silence_adds_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no audio files"):
+        data.Noise(tmp_path, [5, 5])
+    soundfile.write(tmp_path / "silent.wav", np.zeros(5000), 16000)
+    assert torch.equal(data.Noise(tmp_path, [5, 5]).mix(torch.ones(800), 1), torch.ones(800))

@@ -1,7 +1,6 @@
-"""demo.py: what --demo makes, and what the programs do with it."""
+"""The demo: its speech and teachers, what it writes, and what its programs show."""
 
-import functools
-import glob
+import csv
 import hashlib
 import json
 import os
@@ -10,164 +9,183 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, noise, on_cpu, refused, run
+from conftest import metrics, run
 
-import demo as demo_file
-import evaluate_er
-import train
 from data import find_corpus
+from demo import speech, train_teachers
 from student import load_student
 from teachers import load_teacher
 
+ENERGIES = [4.7463e-4, 3.9494e-3, 6.7875e-3, 8.2988e-3, 2.0368e-3, 1.005e-2, 8.0547e-3, 2.0167e-3]
+SMALL_SPLITS = {"train-clean-100": (6, 3, 2), "dev-clean": (2, 2, 1)}
 
-def test_the_demo_corpus_is_librispeech_in_small_and_the_same_for_the_same_seed(tmp_path):
-    def digest(folder):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return hashlib.sha256(b"".join(str(p.relative_to(folder)).encode() + p.read_bytes() for p in files)).hexdigest()
 
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = [str(path.relative_to(folder)).encode() + path.read_bytes() for path in files]
+    return hashlib.sha256(b"".join(contents)).hexdigest()
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        demo_file.write_corpus(str(tmp_path / name), seed)
+        speech.write_corpus(tmp_path / name, seed, SMALL_SPLITS)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
-    found = find_corpus(str(tmp_path / "a"), ["train-clean-100", "dev-clean", "test-clean"])
-    assert 8 < found.hours() * 60 < 13 and not found.left_out
-    lexicon = dict(line.split("\t") for line in (tmp_path / "a" / "lexicon.txt").read_text().splitlines())
+
+def test_a_sentence_sounds_as_it_did_when_the_teachers_were_trained():
+    voices, rooms, rng = speech.make_voices("dev-clean", 8, 3)
+    audio, sounds = speech.synthesise(["SHE", "MOON"], voices[2], rng)
+    audio = speech.add_room_and_noise(audio, rooms[1], 10, rng)
+    # Of every 0.1 s. Bits may differ, since numpy's sine depends on the processor.
+    energies = (audio[: len(audio) // 1600 * 1600].reshape(-1, 1600) ** 2).mean(1)
+    np.testing.assert_allclose(energies, ENERGIES, rtol=1e-4)
+
+
+def test_the_corpus_is_librispeech_in_small(demo):
+    folder = demo[0] / "data" / "demo"
+    found = find_corpus(str(folder), list(speech.SPLITS))
+    assert 8 < found.hours() * 60 < 13 and not found.skipped
+    lines = (folder / "lexicon.txt").read_text().splitlines()
+    lexicon = dict(line.split("\t") for line in lines)
     transcripts = {}
-    for file in (tmp_path / "a").rglob("*.trans.txt"):
+    for file in folder.rglob("*.trans.txt"):
         for line in file.read_text().splitlines():
             name, *words = line.split()
             transcripts[name] = words
             assert set(words) <= set(lexicon)
-    assert set(transcripts) == {os.path.splitext(os.path.basename(path))[0] for path in found.paths}
-    speakers = [{path.split("/")[1] for path in found.paths if path.startswith(s)} for s in ("train", "dev", "test")]
-    assert [len(s) for s in speakers] == [24, 8, 16] and len(set.union(*speakers)) == 48
+    assert set(transcripts) == {os.path.basename(path)[:-5] for path in found.paths}
 
 
-def test_no_voice_and_no_room_is_in_two_splits_and_every_utterance_is_in_noise():
-    voices, rooms = [], []
-    for split, (_, speakers, halls) in demo_file.SPLITS.items():
-        found = demo_file.cast(split, speakers, halls)
-        voices += [tuple(voice.values()) for voice in found[0]]
+def test_no_two_splits_share_a_voice_a_room_or_a_speaker(demo):
+    voices, rooms, speakers = [], [], []
+    for split, (_, number, halls) in speech.SPLITS.items():
+        found = speech.make_voices(split, number, halls)
+        voices += found[0]
         rooms += [room.tobytes() for room in found[1]]
-    assert len(set(voices)) == len(voices) == 48 and len(set(rooms)) == len(rooms) == 15
-    rng, speech = np.random.default_rng(0), np.sin(np.arange(16000) / 5)
-    for decibels in (5, 20):
-        heard = demo_file.record(speech, np.array([1.0]), decibels, rng)
-        scale = heard @ speech / (speech @ speech)  # what of it is speech
-        rest = heard - scale * speech
-        ratio = 10 * np.log10((scale * speech) @ (scale * speech) / (rest @ rest))
-        assert ratio == pytest.approx(decibels, abs=0.5)
+        speakers += os.listdir(demo[0] / "data" / "demo" / split)
+    assert len(set(voices)) == len(set(speakers)) == len(voices) == 48
+    assert len(set(rooms)) == len(rooms) == 15
 
 
-def test_the_teachers_are_small_in_their_official_forms_and_know_the_phonemes():
-    paths = demo_file.teachers()
-    assert sum(os.path.getsize(path) for path in paths) < 1.5e6
-    hubert, robust, wavlm = (torch.load(path, weights_only=True) for path in paths)
+@pytest.mark.parametrize("decibels", [5, 20])
+def test_noise_is_as_far_below_the_speech_as_it_should_be(decibels):
+    clean = np.sin(np.arange(16000) / 5)
+    rng = np.random.default_rng(0)
+    noisy = speech.add_room_and_noise(clean, np.array([1.0]), decibels, rng)
+    signal = (noisy @ clean) / (clean @ clean) * clean
+    rest = noisy - signal
+    ratio = 10 * np.log10((signal @ signal) / (rest @ rest))
+    assert ratio == pytest.approx(decibels, abs=0.5)
+
+
+def test_an_interrupted_corpus_is_written_again(tmp_path, monkeypatch):
+    write = speech.write_corpus
+
+    def interrupted(folder):
+        write(folder, splits=SMALL_SPLITS)
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(speech, "write_corpus", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        speech.prepare()
+    assert not os.path.exists(speech.DATA)
+    monkeypatch.setattr(speech, "write_corpus", lambda folder: write(folder, splits=SMALL_SPLITS))
+    for _ in range(2):
+        speech.prepare()
+        assert sorted(os.listdir(speech.DATA)) == ["dev-clean", "lexicon.txt", "train-clean-100"]
+        assert sorted(os.listdir("data")) == ["demo", "demo.lock"]
+
+
+def test_the_tables_have_speakers_and_emotions(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(demo[0])
+    speech.speakers()
+    speech.emotions(f"{tmp_path}/emotions.csv")
+    with open(speech.SPEAKERS) as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 240 and len({row["label"] for row in rows}) == 24
+    assert {row["split"] for row in rows if row["label"] == "101"} == {"train", "dev", "test"}
+    assert all(os.path.exists(f"{speech.DATA}/{row['path']}") for row in rows)
+    with open(tmp_path / "emotions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 100 and {row["label"] for row in rows} == {
+        "neutral",
+        "happy",
+        "sad",
+        "angry",
+    }
+    for fold in "01234":
+        assert len({row["path"][:3] for row in rows if row["fold"] == fold}) == 2
+    assert find_corpus(str(tmp_path), ["."]).samples.min() > 8000
+
+
+# ------------------------------------------------------------------ the teachers
+
+
+def test_the_teachers_are_small_and_in_three_official_formats():
+    assert sum(os.path.getsize(path) for path in speech.TEACHERS) < 1.5e6
+    hubert, robust, wavlm = (torch.load(path, weights_only=True) for path in speech.TEACHERS)
     assert {"cfg", "model"} <= hubert.keys() and "model" in hubert["cfg"]  # fairseq
     assert {"model_weight", "model_cfg", "task_cfg"} <= robust.keys()  # s3prl
-    assert wavlm["cfg"]["relative_position_embedding"] and "encoder_layers" in wavlm["cfg"]  # Microsoft
+    assert wavlm["cfg"]["relative_position_embedding"]  # Microsoft
     assert {weight.dtype for weight in wavlm["model"].values()} == {torch.float16}
-    for path in paths:
-        encoder = load_teacher(path)
-        assert encoder.config.layers == 4 and bool(encoder.config.relative_buckets) == path.endswith("wavlm.pt")
+    for path in speech.TEACHERS:
+        config = load_teacher(path).config
+        assert config.layers == 4 and bool(config.relative_buckets) == path.endswith("wavlm.pt")
 
 
-def test_the_teachers_can_be_made_again_from_a_seed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        demo_file, "train_teachers", functools.partial(demo_file.train_teachers, steps=(3, 2, 2), utterances=30)
-    )
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        on_cpu(demo_file, ["--teachers", str(tmp_path / name), "--seed", str(seed)])
-    a, b, c = ([load_teacher(tmp_path / name / f"{t}.pt").state_dict() for t in demo_file.TEACHERS] for name in "abc")
-    for one, same, other in zip(a, b, c):
-        assert all(torch.equal(weight, same[name]) for name, weight in one.items())
-        assert not torch.equal(one["layers.0.ffn_in.weight"], other["layers.0.ffn_in.weight"])
-    assert not torch.equal(a[0]["layers.0.ffn_in.weight"], a[1]["layers.0.ffn_in.weight"])
-    assert "masked frames right" in capsys.readouterr().out
+def test_the_teachers_can_be_trained_again_from_a_seed(tmp_path, capsys):
+    teachers = {}
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        folder = tmp_path / name
+        train_teachers.train_teachers(folder, seed, steps=(3, 2, 2), utterances=12)
+        for file in os.listdir(folder):
+            teachers[name, file] = load_teacher(str(folder / file)).state_dict()
+    assert "masked accuracy" in capsys.readouterr().out
+    for file in map(os.path.basename, speech.TEACHERS):
+        a, b, c = (teachers[name, file] for name in "abc")
+        assert all(torch.equal(weight, b[name]) for name, weight in a.items())
+        assert not torch.equal(a["layers.0.ffn_in.weight"], c["layers.0.ffn_in.weight"])
+    robust = teachers["a", "robust_hubert.pt"]["layers.0.ffn_in.weight"]
+    assert not torch.equal(teachers["a", "hubert.pt"]["layers.0.ffn_in.weight"], robust)
 
 
-def test_the_demos_emotions_are_made(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    demo_file.prepare()
-    demo_file.emotions()
-    classes, folds = evaluate_er.read_folds(*evaluate_er.read_manifest(demo_file.EMOTIONS), seed=0)
-    assert classes == ["angry", "happy", "neutral", "sad"] and len(folds) == 5
-    assert noise(1).isfinite().all() and all(len(splits[2].ids) == 20 for splits in folds.values())
+# ------------------------------------------------------------------ the programs
 
 
-def test_nothing_is_written_but_the_run_the_cache_and_the_demo(demo):
-    folder, _, _ = demo
-    assert demo_file.STUDENT == "runs/demo-avg/student.pt"
+def test_the_demo_writes_in_its_two_folders_alone(demo):
+    folder = demo[0]
     assert {path.name for path in folder.iterdir()} == {"runs", "data"}
     assert {path.name for path in (folder / "runs").iterdir()} == {"demo-avg"}
     assert {path.name for path in (folder / "data").iterdir()} == {"demo", "demo.lock"}
 
 
-# ---------------------------------------------------------------- the demo's programs
-
-
-def test_the_demo_runs_under_torchrun_in_two_minutes_and_the_loss_falls_by_half(demo):
+def test_the_loss_of_the_demo_falls_by_half_in_two_minutes(demo):
     folder, printed, seconds = demo
-    assert seconds < 120 and printed.splitlines()[-1].startswith("python evaluate_pr.py --demo")
-    lines = metrics(folder / "runs" / "demo-avg")
-    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
-    assert load_student(folder / "runs" / "demo-avg" / "student.pt").head_names == ["layer2", "layer3", "layer4"]
+    assert seconds < 120 and "python evaluate_pr.py --demo" in printed.splitlines()[-1]
+    rows = metrics(folder / speech.RUN)
+    assert rows[-1]["loss"] < 0.5 * rows[0]["loss"]
+    student = load_student(str(folder / speech.STUDENT))
+    assert student.head_names == ["layer2", "layer3", "layer4"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["pr", "sid"])
-def test_the_students_inheritance_is_seen_on_the_demo(demo, task):
-    folder, _, _ = demo
+@pytest.mark.parametrize(
+    "program", [["evaluate_pr.py"], ["-m", "superb.sid"], ["-m", "superb.er"], ["-m", "superb.asr"]]
+)
+def test_the_student_of_the_demo_is_better_than_before_distillation(demo, program):
+    folder = demo[0]
     started = time.monotonic()
-    done = run(f"evaluate_{task}.py", "--demo", cwd=folder, OMP_NUM_THREADS="2")
-    assert done.returncode == 0 and time.monotonic() - started < 120, done.stderr
-    table = done.stdout.splitlines()[-5:]
-    found = {}
-    for ending in ("-teacher", "", "-untrained", "-fbank"):
-        path = folder / "runs" / "demo-avg" / f"{task}{ending}" / "result.json"
-        found[ending] = json.loads(path.read_text())
-    for line, result in zip(table[1:], found.values(), strict=True):
-        low, high = result["interval"]
-        assert f"{result[result['metric'].lower()]:.1%}" in line and f"{low:.1%} to {high:.1%}" in line
+    done = run(*program, "--demo", cwd=folder, OMP_NUM_THREADS="2")
+    assert done.returncode == 0 and time.monotonic() - started < 240, done.stderr
+    task = program[-1].removeprefix("superb.").removeprefix("evaluate_").removesuffix(".py")
+    scores = {}
+    for row in ("first-teacher", "student", "before-distillation", "filter-banks"):
+        result = json.loads((folder / speech.RUN / row / task / "result.json").read_text())
+        scores[row] = result[result["metric"].lower()]
+        assert f"{scores[row]:.1%}" in done.stdout
     if task == "pr":
-        for other in (found["-untrained"], found["-fbank"]):
-            assert found[""]["per"] < 0.5 * other["per"] and found[""]["interval"][1] < other["interval"][0]
-        assert found["-teacher"]["per"] < 0.5 * found["-fbank"]["per"]
-    else:
-        assert found[""]["accuracy"] > max(found["-untrained"]["accuracy"], found["-fbank"]["accuracy"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", ["asr", "er"])
-def test_the_demo_student_is_scored_in_two_minutes(demo, task):
-    folder, _, _ = demo
-    done = run(f"evaluate_{task}.py", "--demo", cwd=folder, OMP_NUM_THREADS="2")
-    assert done.returncode == 0, done.stderr
-    result = json.loads((folder / "runs" / "demo-avg" / task / "result.json").read_text())
-    assert sum(result["seconds"].values()) < 110 and result["metric"].lower() in result
-    assert result["metric"] in done.stdout and "state  2" in done.stdout
-
-
-@pytest.mark.parametrize("how", ["missing", "damaged"])
-def test_a_teacher_of_the_demo_that_is_not_whole_is_said_to_be_made_again(tmp_path, monkeypatch, capsys, how):
-    monkeypatch.chdir(tmp_path)
-    paths = [*demo_file.teachers()[:2], str(tmp_path / "wavlm.pt")]
-    if how == "damaged":
-        with open(demo_file.teachers()[2], "rb") as file:
-            (tmp_path / "wavlm.pt").write_bytes(file.read()[:100_000])
-    monkeypatch.setattr(demo_file, "teachers", lambda: paths)
-    line = refused(capsys, train, ["--demo"])
-    assert "wavlm.pt" in line and "python demo.py --teachers" in line and not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("missing", ["everything", "a file of speech"])
-def test_a_demo_folder_that_is_not_whole_is_said_to_be_deleted(tmp_path, monkeypatch, capsys, missing):
-    monkeypatch.chdir(tmp_path)
-    if missing == "everything":
-        os.makedirs("data/demo")
-    else:
-        demo_file.prepare()
-        os.remove(sorted(glob.glob("data/demo/dev-clean/*/*/*.flac"))[3])
-    for program in (train, evaluate_er):
-        line = refused(capsys, program, ["--demo"])
-        assert "data/demo: not a whole demo" in line and "delete it" in line
+        assert scores["student"] < 0.5 * scores["before-distillation"]
+        assert scores["first-teacher"] < 0.5 * scores["filter-banks"]
+    if task == "sid":
+        assert scores["student"] > max(scores["before-distillation"], scores["filter-banks"])

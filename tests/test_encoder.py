@@ -1,119 +1,120 @@
-"""encoder.py: the network, alone."""
+"""encoder.py: the network by itself."""
 
-import dataclasses
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import FAMILY, KINDS, LARGE, largest_difference, noise, random_encoder, relative_difference, states
+from conftest import (
+    FAMILY,
+    KINDS,
+    LARGE,
+    ROOT,
+    environment,
+    largest_difference,
+    noise,
+    random_encoder,
+    relative_difference,
+    states,
+)
 
 import encoder as encoder_file
-from encoder import SpeechEncoder
 
 
 @pytest.mark.parametrize("kind", FAMILY)
-def test_padding_does_not_leak_into_a_shorter_utterance(kind):
-    encoder, lengths = random_encoder(**FAMILY[kind]), [12000, 7001, 400]
-    batch = noise(3, 12000) + 0.05
-    padded = states(encoder, batch, lengths)  # what lies past an utterance's end is anything but silence
+def test_padding_does_not_change_an_utterance(kind):
+    encoder = random_encoder(**FAMILY[kind])
+    lengths = [12000, 7001, 400]
+    batch = noise(3, 12000) + 0.05  # the padding is not silent
+    padded = states(encoder, batch, lengths)
+    batch[1, 7001:] = float("nan")
+    assert largest_difference(states(encoder, batch, torch.tensor(lengths)), padded) == 0
     for row, length in enumerate(lengths):
-        alone, frames = states(encoder, batch[row : row + 1, :length]), encoder.frames(length)
+        alone = states(encoder, batch[row : row + 1, :length])
+        frames = encoder.frames(length)
         for a, b in zip(padded, alone, strict=True):
-            assert relative_difference(a[row, :frames], b[0]) < 1e-5
+            assert relative_difference(a[row, :frames], b[0]) < 2e-6
             assert (a[row, frames:] == 0).all()
 
 
-def test_numbers_that_are_not_finite_in_the_padding_do_not_matter():
-    encoder, batch = random_encoder(), noise(2, 6000)
-    clean = states(encoder, batch, [6000, 3000])
-    batch[1, 3000:] = float("nan")
-    assert largest_difference(states(encoder, batch, torch.tensor([6000, 3000])), clean) == 0
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_layers_come_in_the_order_asked_for(kind):
-    encoder, waveforms = random_encoder(**KINDS[kind]), noise(1, 4000)
-    everything = states(encoder, waveforms)
+def test_layers_come_in_the_requested_order_and_none_above_them_is_computed(kind):
+    encoder, computed = random_encoder(**KINDS[kind]), []
+    everything = states(encoder, noise(1, 4000))
     assert len(everything) == 5
-    for got, layer in zip(states(encoder, waveforms, layers=[4, 0, 2]), [4, 0, 2], strict=True):
-        assert torch.equal(got, everything[layer])
-
-
-def test_nothing_is_computed_above_the_highest_layer_asked_for():
-    encoder, ran = random_encoder(), []
     for number, layer in enumerate(encoder.layers, start=1):
-        layer.register_forward_hook(lambda *_, number=number: ran.append(number))
-    states(encoder, noise(1, 4000), layers=[2, 1])
-    assert ran == [1, 2]
-    states(encoder, noise(1, 4000), layers=[0])
-    assert ran == [1, 2]
+        layer.register_forward_hook(lambda *_, number=number: computed.append(number))
+    for layers in ([4, 0, 2], [2, 1], [0]):
+        computed.clear()
+        found = states(encoder, noise(1, 4000), layers=layers)
+        assert largest_difference(found, [everything[layer] for layer in layers]) == 0
+        assert computed == list(range(1, max(layers) + 1))
 
 
-def test_frames_says_how_many_frames_there_will_be():
+@pytest.mark.parametrize("samples", [400, 719, 720, 5000, 16000, 16001])
+def test_frames_is_the_number_of_frames(samples):
     encoder = random_encoder()
-    for samples in [400, 719, 720, 5000, 16000, 16001]:
-        assert states(encoder, noise(1, samples), layers=[0])[0].shape[1] == encoder.frames(samples)
-    assert encoder.frames(399) == encoder.frames(0) == 0
-    assert encoder.frames(torch.tensor([399, 400, 16000])).tolist() == [0, 1, 49]
+    frames = states(encoder, noise(1, samples), layers=[0])[0].shape[1]
+    assert encoder.frames(samples) == frames
+    assert encoder.frames(torch.tensor([399, samples])).tolist() == [0, frames]
 
 
-@pytest.mark.parametrize("lengths, expected", [(None, [None] * 4), ([4000, 3000], [(2, 1, 1, 12)] * 4)])
-def test_a_mask_is_built_only_where_lengths_are_given(monkeypatch, lengths, expected):
+@pytest.mark.parametrize(
+    "lengths, shape", [(None, None), ([4000, 4000], None), ([4000, 3000], (2, 1, 1, 12))]
+)
+def test_attention_has_a_mask_only_if_something_is_padded(monkeypatch, lengths, shape):
     masks, attention = [], torch.nn.functional.scaled_dot_product_attention
 
-    def spy(*arguments, attn_mask=None, **keywords):
+    def spy(*qkv, attn_mask, dropout_p):
         masks.append(None if attn_mask is None else tuple(attn_mask.shape))
-        return attention(*arguments, attn_mask=attn_mask, **keywords)
+        return attention(*qkv, attn_mask=attn_mask, dropout_p=dropout_p)
 
     monkeypatch.setattr(encoder_file.F, "scaled_dot_product_attention", spy)
     states(random_encoder(), noise(2, 4000), lengths)
-    assert masks == expected
+    assert masks == [shape] * 4
 
 
-def test_wavlms_position_bias_is_computed_once_a_forward_pass(monkeypatch):
-    encoder, calls = random_encoder(relative_buckets=320), []
-    encoder.relative_position.register_forward_hook(lambda *_: calls.append(1))
-    states(encoder, noise(1, 4000))
-    assert len(calls) == 1
-
-
-def test_normalisation_makes_loudness_and_offset_not_matter():
-    encoder, waveforms = (
-        random_encoder(normalize=True, **{k: v for k, v in LARGE.items() if k != "normalize"}),
-        noise(2, 6000),
-    )
-    for a, b in zip(
-        states(encoder, waveforms, [6000, 4000]), states(encoder, 3 * waveforms + 0.5, [6000, 4000]), strict=True
-    ):
-        assert relative_difference(a, b) < 1e-2
-    plain = SpeechEncoder(dataclasses.replace(encoder.config, normalize=False)).eval()
-    plain.load_state_dict(encoder.state_dict())
-    assert relative_difference(states(plain, waveforms)[-1], states(plain, 3 * waveforms + 0.5)[-1]) > 0.1
+def test_normalisation_removes_loudness_and_offset():
+    waveforms, lengths = noise(2, 6000), [6000, 4000]
+    for normalize, low, high in ((True, 0, 1e-2), (False, 0.1, 10)):
+        encoder = random_encoder(**LARGE | {"normalize": normalize})
+        a = states(encoder, waveforms, lengths)[-1]
+        b = states(encoder, 3 * waveforms + 0.5, lengths)[-1]
+        assert low <= relative_difference(a, b) < high
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
         ((noise(1, 4000), None, [5]), "0 to 4"),
-        ((noise(1, 399),), "at least one frame"),
-        ((noise(4000),), "(batch, samples)"),
-        ((noise(2, 4000), [4000, 5000]), "do not fit"),
-        ((noise(2, 4000), [4000]), "do not fit"),
-        ((noise(2, 4000), [4000, 399]), "too short"),
+        ((noise(1, 399),), "399 samples are too short"),
+        ((noise(2, 4000), [4000, 5000]), "[4000, 5000]: expected 2 lengths"),
+        ((noise(2, 4000), [4000]), "[4000]: expected 2 lengths"),
+        ((noise(2, 4000), [4000, 399]), "one frame"),
     ],
 )
-def test_wrong_calls_are_refused_in_words(arguments, words):
+def test_wrong_arguments_are_errors(arguments, words):
     with pytest.raises(ValueError) as error:
         random_encoder()(*arguments)
     assert words in str(error.value)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_gives_what_the_cpu_gives(kind):
-    encoder, waveforms = random_encoder(**KINDS[kind]), noise(2, 9000)
-    on_cpu = states(encoder, waveforms, [9000, 6000])
-    on_gpu = states(encoder.cuda(), waveforms.cuda(), [9000, 6000])
-    assert max(relative_difference(b.cpu(), a) for a, b in zip(on_cpu, on_gpu)) < 1e-3
-    with torch.autocast("cuda", torch.bfloat16):
-        in_bf16 = states(encoder, waveforms.cuda(), [9000, 6000])
-    assert max(relative_difference(b.float().cpu(), a) for a, b in zip(on_cpu, in_bf16)) < 2e-2
+def test_the_method_files_need_torch_alone(tmp_path):
+    for name in ("encoder.py", "aggregate.py", "losses.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = """
+import sys
+sys.modules |= dict.fromkeys(["soundfile", "torchaudio", "filelock", "transformers"])
+import torch, aggregate, encoder, losses
+states = encoder.SpeechEncoder(encoder.EncoderConfig(layers=1))(torch.randn(1, 4000))
+print(float(losses.distillation_loss(states, aggregate.average([states]))[1].sum()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=""),
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "0.0\n", done.stderr

@@ -1,94 +1,137 @@
-"""export.py: what is written in an official form loads again, here and in the software whose form it is."""
+"""What export.py writes loads again, here and in transformers, with equal hidden states."""
 
+import json
+
+import huggingface_hub
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
-from conftest import KINDS, LARGE, largest_difference, noise, random_encoder, random_student, run, states
+from conftest import (
+    KINDS,
+    LARGE,
+    SMALL,
+    largest_difference,
+    noise,
+    on_cpu,
+    random_encoder,
+    random_student,
+    refused,
+    run,
+    states,
+)
 
-from encoder import EncoderConfig
-from export import save_official
+import export
 from student import save_student
 from teachers import load_teacher
 
-FORMS = [
-    (kind, form)
-    for kind in KINDS
-    for form in ("fairseq", "s3prl", "microsoft")
-    if "hubert" in kind or form == "microsoft"
+CONVOLUTIONS = tuple((48, kernel, stride) for _, kernel, stride in SMALL.conv_layers)
+WITHOUT_PROJECTION = {"conv_layers": CONVOLUTIONS, "projection": False}
+FORMATS = [
+    ("hubert", "fairseq"),
+    ("hubert", "s3prl"),
+    ("hubert", "microsoft"),
+    ("hubert_large", "fairseq"),
+    ("hubert_large", "s3prl"),
+    ("wavlm", "microsoft"),
+    ("wavlm_large", "microsoft"),
 ]
 
 
-@pytest.mark.parametrize("kind, form", FORMS)
-def test_what_is_saved_in_an_official_form_loads_again(kind, form, tmp_path):
+@pytest.mark.parametrize("kind, form", FORMATS)
+def test_a_saved_teacher_loads_with_equal_states(kind, form, tmp_path):
     source = random_encoder(**KINDS[kind])
-    save_official(source, tmp_path / "t", form)
-    encoder = load_teacher(tmp_path / "t")
+    export.save_official(source, tmp_path / "t.pt", form)
+    encoder = load_teacher(str(tmp_path / "t.pt"))
     assert encoder.config == source.config
-    assert largest_difference(states(encoder, noise(1, 4000)), states(source, noise(1, 4000))) < 1e-4
+    expected = states(source, noise(1, 4000))
+    assert largest_difference(states(encoder, noise(1, 4000)), expected) < 1e-4
 
 
-def test_a_network_without_a_projection_loads(tmp_path):
-    source = random_encoder(conv_layers=tuple((48, k, s) for _, k, s in EncoderConfig().conv_layers), projection=False)
-    save_official(source, tmp_path / "t", "fairseq")
-    assert (
-        largest_difference(states(load_teacher(tmp_path / "t"), noise(1, 4000)), states(source, noise(1, 4000))) < 1e-4
-    )
+def test_a_teacher_without_a_projection_loads_with_equal_states(tmp_path):
+    source = random_encoder(**WITHOUT_PROJECTION)
+    export.save_official(source, tmp_path / "t.pt", "fairseq")
+    found = states(load_teacher(str(tmp_path / "t.pt")), noise(1, 4000))
+    assert largest_difference(found, states(source, noise(1, 4000))) < 1e-4
 
 
-# ---------------------------------------------------------------- transformers
-
-
-CONVS = tuple((48, kernel, stride) for _, kernel, stride in random_encoder().config.conv_layers)
+# ------------------------------------------------------------------ transformers
 
 
 @pytest.mark.parametrize(
-    "sizes", [{}, LARGE, {"conv_layers": CONVS, "projection": False}], ids=["base", "large", "no projection"]
+    "sizes", [{}, LARGE, WITHOUT_PROJECTION], ids=["base", "large", "no projection"]
 )
-def test_transformers_loads_a_written_student_with_equal_hidden_states(sizes, tmp_path):
+def test_transformers_loads_a_student_with_equal_states(sizes, tmp_path):
     student, _ = random_student(**sizes)
-    save_student(student, tmp_path / "student.pt")
-    done = run("export.py", "student.pt", "--to", "folder", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    model, report = transformers.HubertModel.from_pretrained(tmp_path / "folder", output_loading_info=True)
+    export.write_transformers(student, tmp_path / "student")
+    model, report = transformers.HubertModel.from_pretrained(
+        tmp_path / "student", output_loading_info=True
+    )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "folder")
+    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "student")
     assert extractor.do_normalize == student.encoder.config.normalize
     waveforms = noise(2, 6000)
-    given = torch.nn.functional.layer_norm(waveforms, (6000,)) if extractor.do_normalize else waveforms
+    if extractor.do_normalize:
+        waveforms = F.layer_norm(waveforms, (6000,))
     with torch.no_grad():
-        output = model.eval()(given, output_hidden_states=True)
-        ours = student.hidden_states(waveforms)
-    theirs = [*output.hidden_states[:-1], output.last_hidden_state]
-    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-4
+        output = model.eval()(waveforms, output_hidden_states=True)
+    found = [*output.hidden_states[:-1], output.last_hidden_state]
+    assert largest_difference(found, states(student.encoder, noise(2, 6000))) < 1e-4
 
 
-def test_export_py_refuses_in_one_line(tmp_path):
+def test_a_long_utterance_beside_it_changes_a_short_one_after_export_as_the_card_says(tmp_path):
+    student, _ = random_student()
+    export.write_transformers(student, tmp_path / "student")
+    model = transformers.HubertModel.from_pretrained(tmp_path / "student").eval()
+    waveforms = noise(2, 130000)
+    waveforms[1, 41600:] = 0
+    with torch.no_grad():
+        alone = model(waveforms[1:, :41600]).last_hidden_state[0]
+        padded = model(waveforms).last_hidden_state[1, : len(alone)]
+    assert (padded - alone).norm() > 0.1 * alone.norm()
+    assert "one utterance at a time" in (tmp_path / "student" / "README.md").read_text()
+
+
+# ------------------------------------------------------------------ the program
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """The folder of a run, as train.py leaves it."""
+    student, _ = random_student()
+    about = {"teachers": ["hubert", "wavlm_plus"], "agg": "avg", "layers": [2, 4], "step": 1200}
+    save_student(student, tmp_path / "student.pt", **about, data="LibriSpeech")
+    settings = {"agg": "avg", "lr": 2e-4, "batch_size": 24, "data": "/home/me/LibriSpeech"}
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "commit": "c0ffee"}))
+    return tmp_path
+
+
+def test_the_model_card_says_how_the_student_was_trained(trained):
+    folder = trained / "my-student"
+    flags = ["--to", folder, "--language", "en", "--license", "cc-by-4.0"]
+    done = run("export.py", trained, *flags, cwd=trained)
+    assert done.returncode == 0 and "README.md" in done.stdout, done.stderr
+    card = huggingface_hub.ModelCard.load(folder / "README.md")
+    assert card.data.language == "en" and card.data.license == "cc-by-4.0"
+    assert card.data.library_name == "transformers" and "hubert" in card.data.tags
+    facts = ["hubert, wavlm_plus", "avg", "2, 4", "1200", "| training data | LibriSpeech |"]
+    facts += ["| language | en |", "lr 0.0002 |", "batch_size 24", "c0ffee", "2302.12757"]
+    assert [fact for fact in facts if fact not in card.text] == []
+    assert "/home/me" not in card.text and "not recorded" not in card.text
+
+
+def test_the_model_card_says_what_is_not_recorded(tmp_path):
     student, _ = random_student()
     save_student(student, tmp_path / "student.pt")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "mine.txt").write_text("mine")
-    for source, folder, word in [("student.pt", "full", "full"), ("none.pt", "new", "none.pt")]:
-        done = run("export.py", source, "--to", folder, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr
-    assert (tmp_path / "full" / "mine.txt").read_text() == "mine" and not (tmp_path / "new").exists()
+    on_cpu(export, [tmp_path / "student.pt", "--to", tmp_path / "new"])
+    card = huggingface_hub.ModelCard.load(tmp_path / "new" / "README.md")
+    assert card.data.language is None and card.data.license is None
+    for fact in ("teachers", "training data", "language", "licence", "commit of the code"):
+        assert f"| {fact} | not recorded |" in card.text
 
 
-def test_help_says_what_export_py_does(tmp_path):
-    done = run("export.py", "--help", cwd=tmp_path)
-    assert done.returncode == 0 and "--to" in done.stdout
-
-
-def test_the_folder_has_a_model_card_of_what_the_student_holds(tmp_path):
-    student, _ = random_student()
-    save_student(
-        student, tmp_path / "student.pt", step=1200, teachers=["hubert", "wavlm_plus"], agg="avg", layers=[2, 4]
-    )
-    save_student(student, tmp_path / "old.pt")  # as written before teachers were kept
-    for name in ("student", "old"):
-        assert run("export.py", f"{name}.pt", "--to", f"my-{name}", cwd=tmp_path).returncode == 0
-    card = (tmp_path / "my-student" / "README.md").read_text()
-    front = card.split("---\n")[1]
-    assert "library_name: transformers\n" in front and "- hubert\n" in front
-    for fact in ("hubert, wavlm_plus", "layerwise average", "2, 4", "layer2, layer4", "1,200", "| 48 |", "2302.12757"):
-        assert fact in card, fact
-    assert (tmp_path / "my-old" / "README.md").read_text().count("not recorded") == 4
+def test_a_folder_with_files_and_a_missing_student_are_rejected(trained, capsys):
+    line = refused(capsys, export, [trained, "--to", trained])
+    assert "not empty" in line
+    line = refused(capsys, export, [trained / "none.pt", "--to", trained / "new"])
+    assert "none.pt" in line and not (trained / "new").exists()

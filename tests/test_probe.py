@@ -1,142 +1,381 @@
-"""probe.py: the frozen upstream, and the training of the probe."""
+"""probe.py: upstreams, hidden states and the training of probes, for phoneme recognition."""
 
-import copy
+import argparse
+import importlib
+import json
+import re
+import shutil
+import signal
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import SMALL, noise
+from conftest import command, environment, flags_of, noise, on_cpu, refused
 
+import evaluate_pr
 import probe
-from student import Student, save_student, student_config
-
-# ---------------------------------------------------------------- the upstream
+from demo import speech
 
 
-def test_filter_banks_are_superbs():
-    waveform = noise(16000)
-    (states,) = probe.FilterBanks()(waveform[None], torch.tensor([16000]))
-    # s3prl's extracter: log Mel filter banks, deltas of deltas, mean and deviation of each dimension.
-    expected = torchaudio.compliance.kaldi.fbank(waveform[None], num_mel_bins=80, frame_length=25.0, frame_shift=10.0)
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A corpus in LibriSpeech's layout, smaller than that of the other tests."""
+    folder = tmp_path_factory.mktemp("corpus")
+    splits = {"train-clean-100": (24, 2, 1), "dev-clean": (8, 2, 1), "test-clean": (8, 2, 1)}
+    speech.write_corpus(folder, splits=splits, decibels=(50, 50))
+    return folder
+
+
+def upstream(path, states="all"):
+    args = argparse.Namespace(upstream=str(path), precision="fp32", states=states)
+    return probe.Upstream(args)
+
+
+def flags(corpus, out, **more):
+    settings = {"upstream": "fbank", "data": corpus, "lexicon": corpus / "lexicon.txt", "out": out}
+    settings |= {"steps": 12, "batch_size": 8, "lr": 1e-2, "workers": 0, "eval_every": 4}
+    return flags_of(settings | {"log_every": 1, "seed": 1} | more)
+
+
+def score(corpus, out, **more):
+    """result.json of a run in this process."""
+    on_cpu(evaluate_pr, flags(corpus, out, **more))
+    return json.loads((out / "result.json").read_text())
+
+
+def comparable(folder):
+    """What must be the same however a run came about: scores, curves, files of test."""
+    result = json.loads((folder / "result.json").read_text())
+    names = ("per", "interval", "best_step", "lr", "curves", "layer_weights", "counts")
+    texts = [(folder / name).read_text() for name in ("test.ref", "test.hyp")]
+    return {name: result[name] for name in names}, texts
+
+
+def checkpoint(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+# ------------------------------------------------------------------ the upstream
+
+
+def test_filter_banks_are_those_of_superb():
+    waveform = noise(1, 16000)
+    (states,) = probe.FilterBanks()(waveform)
+    # s3prl's extracter: log Mel filter banks, deltas of deltas, mean and deviation per dimension.
+    options = {"num_mel_bins": 80, "frame_length": 25.0, "frame_shift": 10.0}
+    expected = torchaudio.compliance.kaldi.fbank(waveform, **options)
     deltas = torchaudio.transforms.ComputeDeltas(win_length=5)
     first = deltas(expected.t()[None])[0].t()
     expected = torch.cat([expected, first, deltas(first.t()[None])[0].t()], dim=-1)
-    expected = (expected - expected.mean(0, keepdim=True)) / (1e-10 + expected.std(0, keepdim=True))
+    expected = (expected - expected.mean(0)) / (1e-10 + expected.std(0))
     assert states.shape == (1, 98, 240)
     torch.testing.assert_close(states[0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_filter_banks_of_silence_and_of_a_single_frame_are_finite():
-    banks = probe.FilterBanks()
+def test_filter_banks_of_silence_and_of_one_frame_are_finite():
     for waveform in (torch.zeros(1, 4000), noise(1, 400), torch.full((1, 8000), 0.25)):
-        states = banks(waveform, torch.tensor([waveform.shape[1]]))[0]
-        assert states.shape[1] == banks.frames(waveform.shape[1]) and states.abs().max() < 100
-
-
-@pytest.mark.parametrize("name, states, dim", [("student.pt", 3, 48), ("wavlm.pt", 5, 48), ("fbank", 1, 240)])
-def test_an_utterance_in_a_padded_batch_has_the_states_it_has_alone(upstreams, name, states, dim):
-    upstream = probe.Upstream(name if name == "fbank" else str(upstreams / name), precision="fp32")
-    assert (upstream.states, upstream.dim) == (states, dim)
-    waveforms, lengths = noise(3, 12000), torch.tensor([12000, 7000, 9999])
-    together = upstream(waveforms, lengths)
-    assert together.dtype == torch.bfloat16 and together.shape[:2] == (states, 3)
-    for place, length in enumerate(lengths.tolist()):
-        alone = upstream(waveforms[place : place + 1, :length], lengths[place : place + 1])
-        assert alone.shape[2] == upstream.frames(length)
-        torch.testing.assert_close(together[:, place : place + 1, : alone.shape[2]], alone, rtol=0.01, atol=1e-3)
-        assert not together[:, place, alone.shape[2] :].any()
-
-
-def test_a_batch_too_large_for_one_go_has_the_states_of_one_that_is_not(upstreams, monkeypatch):
-    waveforms, lengths = noise(5, 9000), torch.tensor([9000, 7000, 8000, 500, 600])
-    for name in ("fbank", str(upstreams / "wavlm.pt")):
-        upstream = probe.Upstream(name, precision="fp32")
-        expected = upstream(waveforms, lengths)
-        with monkeypatch.context() as patch:
-            patch.setattr(probe, "AT_ONCE", 2 * 9000)
-            torch.testing.assert_close(upstream(waveforms, lengths), expected, rtol=0.01, atol=1e-3)
+        (states,) = probe.FilterBanks()(waveform)
+        assert states.shape[1] == probe.FilterBanks().frames(waveform.shape[1])
+        assert states.abs().max() < 100
 
 
 @pytest.mark.parametrize("name", ["student.pt", "wavlm.pt"])
-def test_the_upstreams_states_are_those_of_the_network_in_the_file(upstreams, name):
-    upstream = probe.Upstream(str(upstreams / name), precision="fp32")
-    states = upstream(noise(2, 8000), torch.tensor([8000, 8000]))
-    for state, by_hand in zip(states, torch.load(upstreams / "states.pt")[name], strict=True):
-        torch.testing.assert_close(state.float(), by_hand, rtol=0.01, atol=1e-3)
-    assert not any(weight.requires_grad for weight in upstream.encoder.parameters()) and not upstream.encoder.training
+def test_states_are_those_of_the_network_in_the_file(upstreams, name):
+    network = upstream(upstreams / name)
+    expected = torch.load(upstreams / "states.pt")[name]
+    for row, waveform in enumerate(noise(2, 8000)):
+        found = network(waveform)
+        assert found.dtype == torch.bfloat16 and network.dim == 48
+        for state, by_hand in zip(found, expected, strict=True):
+            torch.testing.assert_close(state.float(), by_hand[row], rtol=0.01, atol=1e-3)
+    weights = network.encoder.parameters()
+    assert not any(weight.requires_grad for weight in weights) and not network.encoder.training
 
 
-def test_a_digest_tells_upstreams_apart(upstreams, tmp_path):
-    save_student(Student(student_config(SMALL), [("layer2", 48)]), tmp_path / "other.pt")  # of other weights only
-    paths = [upstreams / "student.pt", upstreams / "wavlm.pt", tmp_path / "other.pt", upstreams / "student.pt"]
-    digests = [probe.Upstream(str(path)).digest for path in paths]
-    assert digests[0] == digests[3] and len(set(digests)) == 3
+@pytest.mark.parametrize(
+    "states, layers", [("all", [0, 1, 2, 3, 4]), ("last", [4]), ([0, 2], [0, 2])]
+)
+def test_states_flag_selects_layers(upstreams, states, layers):
+    everything = upstream(upstreams / "hubert.pt")(noise(8000))
+    network = upstream(upstreams / "hubert.pt", states)
+    assert network.layers == layers and torch.equal(network(noise(8000)), everything[layers])
 
 
-def test_the_probe_sees_the_weighted_sum_of_the_states():
-    states = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
-    seen = []
-    model = probe.Probe(3, lambda x, frames: seen.append(x) or x)
+def test_probe_gives_the_head_the_weighted_sum_of_the_states():
+    model = probe.Probe(3, lambda x, frames: x)
     with torch.no_grad():
         model.weights.copy_(torch.tensor([0.0, 1.0, -1.0]))
-    model(states, torch.tensor([5, 3]))
-    e = np.exp([0.0, 1.0, -1.0])
-    expected = sum(float(weight) * state for weight, state in zip(e / e.sum(), states))
-    torch.testing.assert_close(seen[0], expected)
+    states = noise(3, 2, 5, 4)
+    shares = np.exp([0.0, 1.0, -1.0]) / np.exp([0.0, 1.0, -1.0]).sum()
+    expected = sum(float(share) * state for share, state in zip(shares, states))
+    torch.testing.assert_close(model(states, torch.tensor([5, 3])), expected)
 
 
-# ---------------------------------------------------------------- the order of training
+# ------------------------------------------------------------------ cached, in memory, or neither
 
 
-def test_training_batches_depend_on_seed_and_step_alone_and_hold_every_utterance_once_an_epoch(few):
-    def shuffled(seed, places=range(9)):
-        return probe.Shuffled(probe.Split("few", few, places, list(places), list(places), {}), 3, seed)
-
-    plan, later = shuffled(1), shuffled(1)
-    steps = [sorted(plan[step].tolist()) for step in range(9)]
-    assert sorted(later[7].tolist()) == steps[7] and sorted(later[1].tolist()) == steps[1]
-    for epoch in range(3):
-        assert sorted(sum(steps[3 * epoch : 3 * epoch + 3], [])) == list(range(9))
-    assert any(sorted(shuffled(2)[step].tolist()) != steps[step] for step in range(9))
-    assert sorted(sum((shuffled(1, [1, 3, 5, 7, 8, 2])[step].tolist() for step in range(2)), [])) == [1, 2, 3, 5, 7, 8]
-
-
-def test_the_probe_that_is_kept_is_that_of_the_lowest_score():
-    model, progress = probe.Probe(2, torch.nn.Identity()), {"curve": [], "best": None}
-    for step, score in ((10, 0.5), (20, 0.3), (30, 0.4), (40, 0.3)):
-        with torch.no_grad():
-            model.weights.fill_(step)
-        probe.note_score(progress, step, score, model)
-    assert progress["best"]["step"] == 20 and progress["best"]["probe"]["weights"].tolist() == [20, 20]
-    probe.note_score(progress, 50, 0.45, model, higher_is_better=True)
-    assert progress["best"]["step"] == 50 and progress["curve"].pop() == [50, 0.45]
-    assert progress["curve"] == [[10, 0.5], [20, 0.3], [30, 0.4], [40, 0.3]]
+def test_scores_are_the_same_bit_for_bit_wherever_the_states_are(
+    upstreams, corpus, tmp_path, capsys, monkeypatch
+):
+    settings = {"upstream": upstreams / "student.pt", "steps": 8}
+    score(corpus, tmp_path / "memory", **settings)
+    assert "in memory" in capsys.readouterr().out
+    score(corpus, tmp_path / "files", cache=tmp_path / "cache", workers=1, **settings)
+    files = sorted(tmp_path.glob("cache/*/*/*/*/*.pt"))
+    assert len(files) == 24 + 8 + 8 and torch.load(files[0]).dtype == torch.bfloat16
+    monkeypatch.setattr(probe, "free_memory", lambda: 0)
+    score(corpus, tmp_path / "neither", workers=1, **settings)
+    assert "computed at every step" in capsys.readouterr().out
+    for name in ("files", "neither"):
+        assert comparable(tmp_path / name) == comparable(tmp_path / "memory")
 
 
-def test_one_optimizer_of_several_rates_goes_on_as_an_optimizer_for_each():
-    def adam(groups):
-        return torch.optim.Adam([{"params": list(one.parameters()), "lr": lr} for one, lr in groups], fused=True)
+def test_cached_states_are_reused_and_damaged_files_computed_again(
+    upstreams, corpus, tmp_path, monkeypatch
+):
+    settings = {"upstream": upstreams / "student.pt", "steps": 4, "cache": tmp_path / "cache"}
+    score(corpus, tmp_path / "first", **settings)
+    computed = []
+    call = probe.Upstream.__call__
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
+    score(corpus, tmp_path / "second", **settings)
+    assert not computed
+    for path in tmp_path.glob("cache/*/test-clean/*/*/*.pt"):
+        path.write_bytes(path.read_bytes()[:-100])
+    score(corpus, tmp_path / "third", **settings)
+    assert len(computed) == 8
+    assert comparable(tmp_path / "first") == comparable(tmp_path / "third")
 
+
+def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
+    task = evaluate_pr.PhonemeRecognition(evaluate_pr.read_lexicon([corpus / "lexicon.txt"]))
+    split = evaluate_pr.read_split(str(corpus), "test-clean", task.spell)
+    network = upstream(upstreams / "hubert.pt")
     torch.manual_seed(0)
-    together = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
-    apart = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]
-    one, x = adam(zip(together, (0.1, 0.01))), torch.randn(4, 3)
+    model = probe.Probe(len(network.layers), task.head(network.dim))
+    with torch.no_grad():
+        model.head.phones.weight.mul_(10)  # so that a random head says something
+    stop = argparse.Namespace(number=0)
+    found = []
+    for size in (1, 8):
+        args = argparse.Namespace(batch_size=size, workers=0)
+        found += probe.predict([model], task, network, split, args, stop)
+    assert found[0] == found[1] and len(set(map(str, found[0]))) > 3
 
-    def step(networks, *optimizers):
-        sum(network(x).square().mean() for network in networks).backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
 
-    for _ in range(3):
-        step(together, one)
-    for network, before in zip(apart, together):
-        network.load_state_dict(before.state_dict())
-    each = [adam([(network, 1.0)]) for network in apart]
-    for optimizer, moments in zip(each, probe._apart(copy.deepcopy(one.state_dict())), strict=True):
-        optimizer.load_state_dict(moments)
-    step(together, one)
-    step(apart, *each)
-    for network, expected in zip(apart, together):
-        assert torch.equal(network.weight, expected.weight) and torch.equal(network.bias, expected.bias)
+# ------------------------------------------------------------------ resume
+
+
+@pytest.fixture(scope="module")
+def whole(upstreams, corpus, tmp_path_factory):
+    """An uninterrupted run of three rates: (its folder, its settings)."""
+    settings = {"upstream": upstreams / "student.pt", "lr": "1e-3,1e-2,2e-2"}
+    out = tmp_path_factory.mktemp("whole") / "pr"
+    score(corpus, out, **settings)
+    return out, settings
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_run_that_is_stopped_and_started_again_gives_the_same_bit_for_bit(
+    corpus, whole, tmp_path, number
+):
+    out, settings = whole
+    arguments = command("evaluate_pr.py", *flags(corpus, tmp_path / "pr", **settings))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(arguments, cwd=tmp_path, env=environment(), **pipes)
+    for line in process.stdout:
+        if line.startswith("step 6/12"):
+            process.send_signal(number)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode in (-9, 128 + number) and not (tmp_path / "pr/result.json").exists()
+    step = checkpoint(tmp_path / "pr")["step"]
+    assert step == 4 if number == signal.SIGKILL else 6 <= step < 12
+    score(corpus, tmp_path / "pr", **settings)
+    assert comparable(tmp_path / "pr") == comparable(out)
+
+
+def test_damaged_checkpoint_gives_way_to_the_one_before(corpus, whole, tmp_path, capsys):
+    out, settings = whole
+    shutil.copytree(out, tmp_path / "pr")
+    (tmp_path / "pr/result.json").unlink()
+    content = (tmp_path / "pr/last.pt").read_bytes()
+    (tmp_path / "pr/last.pt").write_bytes(content[: len(content) // 2])
+    score(corpus, tmp_path / "pr", **settings)
+    printed = capsys.readouterr()
+    assert "from step 8 of 12" in printed.out and "last.pt" in printed.err
+    assert comparable(tmp_path / "pr") == comparable(out)
+
+
+def test_finished_run_prints_its_result_and_changes_nothing(corpus, whole, capsys, monkeypatch):
+    out, settings = whole
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    result = score(corpus, out, **settings)
+    assert f"PER {result['per']:.2%}" in capsys.readouterr().out
+    after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert {**after, "lock": 0} == {**before, "lock": 0}
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_settings_upstreams_and_data_are_refused(
+    corpus, whole, upstreams, tmp_path, capsys, finished
+):
+    out, settings = whole
+    shutil.copytree(out, tmp_path / "pr")
+    if not finished:
+        (tmp_path / "pr/result.json").unlink()
+    (tmp_path / "lexicon.txt").write_text((corpus / "lexicon.txt").read_text().replace("IY1", "II"))
+    changed = tmp_path / "changed"
+    shutil.copytree(corpus, changed)
+    transcript = next(changed.glob("dev-clean/*/*/*.trans.txt"))
+    transcript.write_text(transcript.read_text().replace("\n", " SEE\n", 1))
+    changes = {
+        "--steps was 12, is 13": {"steps": 13},
+        "--lr was": {"lr": "1e-3,1e-2"},
+        "upstream was": {"upstream": upstreams / "hubert.pt"},
+        "symbols was": {"lexicon": tmp_path / "lexicon.txt"},
+        "dev-clean was": {"data": changed},
+    }
+    for words, change in changes.items():
+        line = refused(capsys, evaluate_pr, flags(corpus, tmp_path / "pr", **settings | change))
+        assert words in line and "--out" in line
+
+
+# ------------------------------------------------------------------ several learning rates
+
+
+def test_each_rate_of_a_sweep_gives_what_it_gives_alone(corpus, whole, tmp_path):
+    out, settings = whole
+    result = json.loads((out / "result.json").read_text())
+    for i, (rate, curve) in enumerate(result["curves"].items()):
+        alone = score(corpus, tmp_path / rate, **settings | {"lr": rate})
+        assert alone["curves"] == {rate: curve} and [step for step, _ in curve] == [4, 8, 12]
+        weights, expected = checkpoint(out)["probes"][i], checkpoint(tmp_path / rate)["probes"][0]
+        assert all(torch.equal(weight, expected[name]) for name, weight in weights.items())
+        if float(rate) == result["lr"]:
+            assert comparable(tmp_path / rate)[1] == comparable(out)[1]
+    scores = {score for curve in result["curves"].values() for _, score in curve}
+    assert [result["best_step"], min(scores)] in result["curve"]
+    assert result["curve"] == result["curves"][f"{result['lr']:g}"]
+
+
+def test_best_rate_at_the_edge_of_the_sweep_is_a_warning(corpus, tmp_path, capsys):
+    result = score(corpus, tmp_path, lr="1e-3,1e-2")
+    warning = f"the best --lr, {result['lr']:g}, is the lowest or highest"
+    assert warning in capsys.readouterr().err
+
+
+def test_diverged_rate_is_not_updated_and_does_not_stop_the_others(corpus, tmp_path):
+    result = score(corpus, tmp_path / "with", lr="1e30,1e-2")
+    alone = score(corpus, tmp_path / "without", lr="1e-2")
+    assert result["curves"]["0.01"] == alone["curves"]["0.01"]
+    weights = checkpoint(tmp_path / "with")["probes"][0].values()
+    assert (
+        all(weight.isfinite().all() for weight in weights) and max(map(torch.max, weights)) > 1e29
+    )
+
+
+def test_training_stops_if_no_gradient_is_finite(corpus, tmp_path, monkeypatch):
+    loss = evaluate_pr.ctc_loss
+    nan = staticmethod(lambda *arguments: loss(*arguments) * float("nan"))
+    monkeypatch.setattr(evaluate_pr.PhonemeRecognition, "loss", nan)
+    with pytest.raises(SystemExit, match="step 1: the gradient is not finite.* 10[0-9]-1-"):
+        score(corpus, tmp_path)
+
+
+# ------------------------------------------------------------------ results and bad input
+
+
+def test_interval_is_a_bootstrap_over_utterances():
+    errors, totals = np.array([0.0] * 50 + [1.0] * 50), np.ones(100)
+    low, high = probe.bootstrap((errors, totals))
+    assert low == pytest.approx(0.4, abs=0.02) and high == pytest.approx(0.6, abs=0.02)
+    assert probe.bootstrap((errors, totals), (errors, totals))[0] > low
+
+
+def test_result_holds_what_was_run(corpus, whole):
+    result = json.loads((whole[0] / "result.json").read_text())
+    about = {"states": 3, "layers": [0, 1, 2], "dim": 48, "precision": "fp32", "device": "cpu"}
+    assert result["upstream"] | about == result["upstream"] and result["upstream"]["digest"]
+    assert result["counts"]["test-clean"]["utterances"] == 8
+    assert result["settings"]["lr"] == [1e-3, 1e-2, 2e-2] and result["seconds"] > 0
+    assert sum(result["layer_weights"]) == pytest.approx(1) and "torch" in result["versions"]
+    assert result["interval"][0] <= result["per"] <= result["interval"][1]
+
+
+def test_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
+    shutil.copy(upstreams / "student.pt", tmp_path)
+    arguments = flags(corpus, tmp_path / "x", upstream=tmp_path, steps=2)
+    place = arguments.index("--out")
+    del arguments[place : place + 2]
+    on_cpu(evaluate_pr, arguments)
+    result = json.loads((tmp_path / "pr/result.json").read_text())
+    assert result["upstream"]["path"] == str(tmp_path / "student.pt")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"upstream": ""}, ["--upstream"]),
+        ({"upstream": "nowhere.pt"}, ["nowhere.pt", "wavlm_plus"]),
+        ({"upstream": "{upstreams}/other.pt"}, ["other.pt"]),
+        ({"upstream": "{upstreams}/hubert.pt", "states": "0,9"}, ["--states 9", "0 to 4"]),
+        ({"states": "1,x"}, ["--states", "1,x"]),
+        ({"lr": "fast"}, ["--lr", "fast"]),
+        ({"steps": 0}, ["--steps", "at least 1"]),
+        ({"batch_size": 500}, ["--batch-size 500", "24 utterances"]),
+        ({"data": "nowhere"}, ["nowhere"]),
+        ({"splits": "train-clean-100,dev-clean,test-other"}, ["test-other"]),
+        ({"splits": "train-clean-100,dev-clean"}, ["--splits", "three"]),
+        ({"splits": "train-clean-100,dev-clean,dev-clean"}, ["--splits", "share"]),
+    ],
+    ids=str,
+)
+def test_bad_input_is_refused_in_one_line(corpus, upstreams, capsys, tmp_path, change, words):
+    change = {k: str(v).format(tmp=tmp_path, upstreams=upstreams) for k, v in change.items()}
+    line = refused(capsys, evaluate_pr, flags(corpus, tmp_path / "out", **change))
+    assert all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "problem, words",
+    [
+        ("truncated", "flac: .*; restore it"),
+        ("no length", "flac: cannot be read: .*header"),
+        ("long", "flac: [2-9] s, evaluations take up to 2 s"),
+    ],
+)
+def test_audio_that_cannot_be_used_is_named_in_one_line(
+    corpus, tmp_path, capsys, monkeypatch, problem, words
+):
+    shutil.copytree(corpus, tmp_path / "corpus")
+    audio = sorted(tmp_path.glob("corpus/test-clean/*/*/*.flac"))[3]
+    content = bytearray(audio.read_bytes())
+    if problem == "truncated":  # its header is intact
+        del content[len(content) // 2 :]
+    if problem == "no length":  # as ffmpeg -f flac - writes it: 36 bits of the header are 0
+        content[21] &= 0xF0
+        content[22:26] = bytes(4)
+    if problem == "long":
+        monkeypatch.setattr(probe, "MAX_SECONDS", 2)
+    audio.write_bytes(content)
+    line = refused(capsys, evaluate_pr, flags(tmp_path / "corpus", tmp_path / "out"))
+    assert re.search(words, line) and (problem == "long" or audio.name in line)
+
+
+@pytest.mark.parametrize(
+    "task, steps, lr",
+    [("pr", 100_000, 1e-2), ("asr", 200_000, 1e-4), ("sid", 200_000, 1e-4), ("er", 30_000, 1e-4)],
+)
+def test_defaults_are_those_of_superb(task, steps, lr, capsys):
+    program = importlib.import_module("evaluate_pr" if task == "pr" else f"superb.{task}")
+    args = program.parse([])
+    assert (args.task, args.steps, args.batch_size, args.lr) == (task, steps, 32, [lr])
+    assert getattr(args, "crop", 8.0) == 8.0 and getattr(args, "hidden", 1024) == 1024
+    with pytest.raises(SystemExit):
+        program.parse(["--help"])
+    assert capsys.readouterr().out.count("default: ") >= 12

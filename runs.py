@@ -1,0 +1,311 @@
+"""What every program shares: torchrun's ranks, one-line errors, checkpoints, one run per folder.
+
+Programs import this file first: OpenMP reads the environment once, when torch is imported.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import warnings
+import zipfile
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads stall a shared machine
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batches vary in length
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from filelock import FileLock, Timeout  # noqa: E402
+
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+locks = {}  # per folder, its FileLock: without a reference it would be released
+
+
+def run(program):
+    """Calls program() and ends the process at once: after an exception with code 1.
+
+    Python would first join data-loading workers, which may wait for a disk or for this process.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
+    code = 0
+    try:
+        program()
+    except SystemExit as end:
+        code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+# ------------------------------------------------------------------ ranks and devices
+
+
+def init():
+    """Joins torchrun's other ranks, if there are any."""
+    if WORLD_SIZE == 1 or dist.is_initialized():
+        return
+    env, store = os.environ, None
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
+        # After --max-restarts, torchrun's store still holds the addresses of the dead ranks
+        # (pytorch issue 135712), so every start has a prefix.
+        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
+        store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
+    patience = datetime.timedelta(days=1)  # for a slow scan; torchrun detects dead ranks
+    dist.init_process_group(
+        backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=patience
+    )
+
+
+def enough_gpus():
+    return LOCAL_WORLD_SIZE <= torch.cuda.device_count()
+
+
+def find_device(cpu_ok=False):
+    """The device of this rank: a GPU, else the CPU with its share of the threads.
+
+    Raises ValueError if there are fewer GPUs than ranks on this machine, unless cpu_ok.
+    """
+    if enough_gpus():
+        torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+        torch.cuda.set_device(LOCAL_RANK)
+        return torch.device("cuda", LOCAL_RANK)
+    if torch.cuda.is_available() and not cpu_ok:
+        gpus = torch.cuda.device_count()
+        raise ValueError(f"{LOCAL_WORLD_SIZE} processes but {gpus} GPUs; lower --nproc_per_node")
+    with contextlib.suppress(OSError, AttributeError):
+        # glibc returns large tensors to the system, whose clearing of new pages took a fifth of
+        # a step with Base teachers: set M_MMAP_MAX and M_TRIM_THRESHOLD against it.
+        ctypes.CDLL("libc.so.6").mallopt(-4, 0)
+        ctypes.CDLL("libc.so.6").mallopt(-1, -1)
+    if LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
+        torch.set_num_threads(max(1, cores() // LOCAL_WORLD_SIZE))
+    return torch.device("cpu")
+
+
+def cores():
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def precision(requested, device):
+    """ "bf16" or "fp32"; "auto" is bf16 if the device computes in it instead of emulating it."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = torch.cpu.get_capabilities()
+        native = any(map(supported.get, ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")))
+    return "bf16" if native else "fp32"
+
+
+def seed(*numbers):
+    """Seeds torch from numbers such as seed, step and rank, so that resuming needs no RNG state."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+
+
+def warn(message):
+    """Prints a warning to stderr, on rank 0."""
+    if RANK == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def gather(value):
+    """The values of all ranks, in order."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class StopSignal:
+    """Records SIGTERM and Ctrl-C, so that the current step can be finished and saved."""
+
+    def __init__(self):
+        self.number = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.record)
+
+    def record(self, number, frame):
+        if self.number and number == signal.SIGINT:  # a second Ctrl-C
+            raise KeyboardInterrupt
+        self.number = number
+
+    def received(self):
+        """The signal's number if any rank received one, else 0: all ranks stop after one step."""
+        number = torch.tensor(self.number)
+        if WORLD_SIZE > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        return int(number)
+
+
+# ------------------------------------------------------------------ flags and errors
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are ValueErrors, for one_line_errors."""
+
+    def __init__(self, description):
+        formatter = argparse.ArgumentDefaultsHelpFormatter
+        super().__init__(description=description, formatter_class=formatter)
+
+    def error(self, message):
+        raise ValueError(message)
+
+
+def count(text):
+    """Flag type: a whole number from 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    return int(text)
+
+
+def names(text):
+    """Flag type: names or paths separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@contextlib.contextmanager
+def one_line_errors():
+    """Around set-up: an OSError or ValueError on any rank ends all ranks, with one line and code 2.
+
+    No collective operation may be inside: the other ranks would wait for it.
+    """
+    message = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())
+    message = next(filter(None, gather(message)), None)
+    if message:
+        if RANK == 0:
+            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+        gather(None)  # torchrun ends all ranks as soon as one exits
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------ files
+
+
+@contextlib.contextmanager
+def atomic(path, keep_previous=False):
+    """Opens a file for writing bytes that gets the name `path` only once it is complete on disk.
+
+    keep_previous: the file that had the name before becomes PATH.old. Raises OSError.
+    """
+    partial = f"{path}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and os.path.exists(path):
+            os.replace(path, f"{path}.old")
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        reason = error.__context__ or error
+        raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
+
+
+def save(path, content, keep_previous=False):
+    """torch.save, atomically."""
+    with atomic(path, keep_previous) as file:
+        torch.save(content, file)
+
+
+def write_text(path, text):
+    """Writes a text file in UTF-8, atomically."""
+    with atomic(path) as file:
+        file.write(text.encode("utf-8", "surrogateescape"))
+
+
+def load(path, mmap=False):
+    """torch.load of tensors and plain types, without running code; ValueError if damaged."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch.load verifies no checksums
+            if damaged:
+                raise ValueError(f"{damaged} fails its checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the formats of old files
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+
+
+# ------------------------------------------------------------------ the folder of a run
+
+
+def lock(folder):
+    """Locks a folder until this process ends. Raises ValueError if another run has locked it."""
+    os.makedirs(folder, exist_ok=True)
+    locks[folder] = FileLock(os.path.join(folder, "lock"))
+    try:
+        locks[folder].acquire(timeout=0)
+    except NotImplementedError:  # a file system without locks
+        pass
+    except Timeout:
+        remedy = "wait for its end, or choose another --out"
+        raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
+    for name in os.listdir(folder):
+        if name.endswith(".partial"):  # of a process that was killed
+            os.remove(os.path.join(folder, name))
+
+
+def load_latest(folder, keys):
+    """The newest undamaged checkpoint of a run, a dict with all `keys`, or None if it has none.
+
+    A damaged last.pt is named in a warning. Raises ValueError if all are damaged.
+    """
+    newest = os.path.join(folder, "last.pt")
+    paths = [path for path in (newest, f"{newest}.old") if os.path.exists(path)]
+    for path in paths:
+        try:
+            checkpoint = load(path)
+            missing = [key for key in keys if key not in checkpoint]
+            if not missing:
+                return checkpoint
+            message = f"{path}: not a checkpoint of this program, it has no {missing[0]}"
+        except (ValueError, TypeError) as error:
+            message = error
+        warn(message)
+    if paths:
+        remedy = "move last.pt* away to start again, or choose another --out"
+        raise ValueError(f"{folder}: no undamaged checkpoint; {remedy}")
+    return None
+
+
+def check_same(folder, before, now):
+    """Raises ValueError naming the settings that differ from those that a run began with."""
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        changes = "; ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in changed)
+        raise ValueError(f"{folder}: holds another run ({changes}); choose another --out")

@@ -1,0 +1,161 @@
+"""Speech recognition of SUPERB (arXiv:2105.01051): a frozen upstream, a BiLSTM with CTC, WER.
+
+    python -m superb.asr --upstream runs/avg/student.pt --data data/LibriSpeech
+    python -m superb.asr --demo
+
+The same command resumes a run.
+"""
+
+import runs  # isort: skip
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import probe
+from evaluate_pr import SPLITS, ctc_greedy, ctc_loss, edit_distances, read_splits
+
+CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
+
+
+def parse(arguments=None):
+    """Settings from the command line. Raises ValueError if they are invalid."""
+    parser = probe.parser(__doc__, "asr", splits=SPLITS)
+    parser.set_defaults(steps=200_000, lr="1e-4", eval_every=2000)
+    parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
+    if parser.parse_known_args(arguments)[0].demo:
+        from demo import speech
+
+        parser.set_defaults(data=speech.DATA, hidden=64, lr="5e-3", steps=300, batch_size=16)
+        parser.set_defaults(log_every=50, eval_every=100)
+    return parser.parse_args(arguments)
+
+
+class SpecAugment(nn.Module):
+    """Time warping and masks on the features, in training only.
+
+    A frame moves by up to 5; 2 times up to 39 frames and 4 times up to 49 dimensions become 0.
+    Source: Park et al. 2019, arXiv:1904.08779; sizes of s3prl's downstream/asr/config.yaml.
+    """
+
+    def forward(self, x, frames):
+        """x: (batch, frames, dim); frames: (batch,). Returns x, warped and masked."""
+        if not self.training:
+            return x
+        x = torch.stack([self.warp(one, length) for one, length in zip(x, frames.tolist())])
+        x = x.masked_fill(self.masks(x, x.shape[2], 4, 50)[:, None, :], 0)
+        return x.masked_fill(self.masks(x, x.shape[1], 2, 40)[:, :, None], 0)
+
+    def warp(self, x, frames, window=5):
+        """(longest frames, dim): of the first `frames`, a random one moves and the rest stretch."""
+        if frames <= 2 * window:
+            return x
+        centre = int(torch.randint(window, frames - window, ()))
+        moved = centre + int(torch.randint(1 - window, window + 1, ()))
+        before = self.stretch(x[:centre], moved)
+        after = self.stretch(x[centre:frames], frames - moved)
+        return torch.cat([before, after, x[frames:]])
+
+    def stretch(self, x, frames):
+        size = (frames, x.shape[1])
+        return F.interpolate(x[None, None], size, mode="bicubic")[0, 0]
+
+    def masks(self, x, size, count, widest):
+        """(batch, size), True in `count` random stretches per row, each shorter than `widest`."""
+        width = torch.randint(0, widest, (len(x), count, 1))
+        start = (torch.rand(len(x), count, 1) * (size - width).clamp(min=1)).long()
+        place = torch.arange(size)
+        return ((place >= start) & (place < start + width)).any(1).to(x.device)
+
+
+class BiLSTM(nn.Module):
+    """A bidirectional LSTM that ignores padding, equal to nn.LSTM on a packed sequence.
+
+    Its backward pass over a packed sequence takes time quadratic in the frames on a CPU, so
+    this is two LSTMs, the second on reversed utterances.
+    """
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.forwards = nn.LSTM(dim, hidden, batch_first=True)
+        self.backwards = nn.LSTM(dim, hidden, batch_first=True)
+
+    def forward(self, x, frames):
+        """x: (batch, frames, dim); frames: (batch,). Returns (batch, frames, 2 * hidden)."""
+        time = torch.arange(x.shape[1], device=x.device)
+        frames = frames.to(x.device)[:, None]
+        reverse = torch.where(time < frames, frames - 1 - time, time)[:, :, None]
+        backwards, _ = self.backwards(x.gather(1, reverse.expand_as(x)))
+        backwards = backwards.gather(1, reverse.expand_as(backwards))
+        return torch.cat([self.forwards(x)[0], backwards], dim=2)
+
+
+class CharacterHead(nn.Module):
+    """SpecAugment, a projection, two bidirectional LSTMs with dropout, and a linear layer.
+
+    Source: s3prl's downstream/asr: config.yaml and model.py, RNNs.
+    """
+
+    def __init__(self, dim, hidden=1024):
+        super().__init__()
+        self.augment = SpecAugment()
+        self.projection = nn.Linear(dim, hidden)
+        self.lstms = nn.ModuleList(BiLSTM(size, hidden) for size in (hidden, 2 * hidden))
+        self.dropout = nn.Dropout(0.2)
+        self.characters = nn.Linear(2 * hidden, len(CHARACTERS) + 1)
+
+    def forward(self, x, frames):
+        """x: (batch, frames, dim). Returns log probabilities, (batch, frames, characters + 1)."""
+        x = self.projection(self.augment(x, frames))
+        for lstm in self.lstms:
+            x = self.dropout(lstm(x, frames))
+        return self.characters(x).log_softmax(-1)
+
+
+class SpeechRecognition:
+    """The task, as evaluate_pr.PhonemeRecognition; labels are numbers of characters, from 1."""
+
+    name = "speech recognition"
+    metric = "WER"
+    higher_is_better = False
+    symbols = CHARACTERS
+    loss = staticmethod(ctc_loss)
+    predict = staticmethod(ctc_greedy)
+    count = staticmethod(edit_distances)
+
+    def __init__(self, hidden):
+        self.hidden = hidden
+
+    def head(self, dim):
+        return CharacterHead(dim, self.hidden)
+
+    def pool(self, states, frames, training):
+        return states
+
+    def text(self, numbers):
+        return "".join(CHARACTERS[number - 1] for number in numbers).split()
+
+    def spell(self, words):
+        """Words to characters as numbers. Raises ValueError for other characters."""
+        text = " ".join(words).upper()
+        unknown = sorted(set(text) - set(CHARACTERS))
+        if unknown or not words:
+            raise ValueError(f"characters {''.join(unknown)}" if words else "no words")
+        return [CHARACTERS.index(character) + 1 for character in text]
+
+
+def evaluate(args):
+    """The result of the upstream args.upstream, a dict."""
+    with runs.one_line_errors():
+        task = SpeechRecognition(args.hidden)
+        splits = read_splits(args.data, args.splits, task.spell)
+        upstream = probe.Upstream(args)
+    return probe.evaluate(args, task, upstream, *splits)
+
+
+def main(arguments=None):
+    probe.main(parse, evaluate, arguments)
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,139 @@
+"""Emotion recognition of SUPERB (arXiv:2105.01051): a frozen upstream, mean pooling, accuracy.
+
+    python -m superb.er --upstream runs/avg/student.pt --data data/IEMOCAP
+    python -m superb.er --upstream runs/avg/student.pt --manifest emotions.csv
+    python -m superb.er --demo
+
+The score is the mean over five folds, each a session of IEMOCAP, tested on by a probe that was
+trained on the others. Excited counts as happy. The same command resumes a run.
+"""
+
+import runs  # isort: skip
+
+import argparse
+import json
+import os
+import re
+
+import numpy as np
+
+import data
+import probe
+from superb.sid import Classification, make_split, read_corpus, read_table
+
+EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "sad": "sad", "ang": "angry"}
+
+
+def parse(arguments=None):
+    """Settings from the command line. Raises ValueError if they are invalid."""
+    parser = probe.parser(__doc__, "er")
+    parser.set_defaults(data="data/IEMOCAP", steps=30_000, lr="1e-4")
+    parser.add_argument("--manifest", help="a .csv of path,label,fold")
+    if parser.parse_known_args(arguments)[0].demo:
+        from demo import speech
+
+        parser.set_defaults(manifest=speech.EMOTIONS, lr="1e-2", steps=600, batch_size=16)
+        parser.set_defaults(log_every=300, eval_every=100)
+    return parser.parse_args(arguments)
+
+
+def read_iemocap(folder):
+    """[(path, emotion, session, place of the line)] of IEMOCAP's four classes.
+
+    Raises FileNotFoundError and ValueError.
+    """
+    rows = []
+    for session in "12345":
+        tables = os.path.join(folder, f"Session{session}", "dialog", "EmoEvaluation")
+        if not os.path.isdir(tables):
+            raise FileNotFoundError(f"{tables}: no such folder; give --data IEMOCAP's folder")
+        for name in sorted(os.listdir(tables)):
+            if name.startswith(".") or not name.endswith(".txt"):
+                continue
+            table = os.path.join(tables, name)
+            for number, line in data.read_lines(table):
+                # [6.2901 - 8.2357]	Ses01F_impro01_F000	neu	[2.5000, 2.5000, 2.5000]
+                turn = re.match(r"\[[\d. -]+\]\t(\w+)\t(\w+)\t", line)
+                if turn and turn[2] in EMOTIONS:
+                    dialog = turn[1].rpartition("_")[0]
+                    path = f"Session{session}/sentences/wav/{dialog}/{turn[1]}.wav"
+                    rows.append((path, EMOTIONS[turn[2]], session, f"{table}, line {number}"))
+    if not rows:
+        raise ValueError(f"{folder}: no utterance of {', '.join(EMOTIONS)}")
+    return rows
+
+
+def read_folds(root, rows, seed):
+    """(classes, {fold: [train, dev, test]}) of rows (path, emotion, fold, place of the line).
+
+    Of the other folds' utterances, 80% are to train and 20% to choose on, drawn by the seed.
+    """
+    classes = sorted({row[1] for row in rows})
+    corpus, indices = read_corpus(root, rows)
+    readable = [row for row in rows if row[0] in indices]
+    names = sorted({row[2] for row in readable})
+    if len(names) < 2:
+        raise ValueError(f"{rows[0][3]}: only one fold, {names}; one has to be held out")
+    folds = {}
+    for fold in names:
+        others = [row for row in readable if row[2] != fold]
+        drawn = np.random.default_rng(seed).permutation(len(others))
+        size = int(0.8 * len(others))
+        parts = {
+            "train": [others[i] for i in sorted(drawn[:size])],
+            "dev": [others[i] for i in sorted(drawn[size:])],
+            "test": [row for row in rows if row[2] == fold],
+        }
+        folds[fold] = [
+            make_split(name, corpus, indices, part, classes) for name, part in parts.items()
+        ]
+    return classes, folds
+
+
+def evaluate(args):
+    """The result of the upstream args.upstream, a dict, from the results in OUT/fold-NAME."""
+    with runs.one_line_errors():
+        if args.manifest:
+            rows = read_table(args.manifest, ["path", "label", "fold"])
+            classes, folds = read_folds(os.path.dirname(args.manifest), rows, args.seed)
+        else:
+            classes, folds = read_folds(args.data, read_iemocap(args.data), args.seed)
+        upstream = probe.Upstream(args)
+    task = Classification("emotion recognition", classes)
+    results, references, hypotheses = [], [], []
+    for fold, splits in folds.items():
+        print(f"\nfold {fold}")
+        out = os.path.join(args.out, f"fold-{fold}")
+        of_fold = argparse.Namespace(**vars(args) | {"out": out})
+        results.append(probe.evaluate(of_fold, task, upstream, *splits))
+        for name, texts in (("test.ref", references), ("test.hyp", hypotheses)):
+            with open(f"{out}/{name}", encoding="utf-8", errors="surrogateescape") as file:
+                texts.append(file.readlines())
+
+    counts = [task.count(*lines) for lines in zip(references, hypotheses)]
+    accuracies = [result["accuracy"] for result in results]
+    result = {name: results[0][name] for name in ("task", "metric", "upstream", "versions")}
+    result["accuracy"] = float(np.mean(accuracies))
+    result["interval"] = probe.bootstrap(*counts)
+    result["deviation"] = float(np.std(accuracies, ddof=1))
+    result["folds"] = dict(zip(folds, accuracies))
+    result["held_out"] = {fold: splits[2].ids for fold, splits in folds.items()}
+    weights = [fold["layer_weights"] for fold in results]
+    result["layer_weights"] = np.mean(weights, axis=0).tolist()
+    result["counts"] = {"test": {"utterances": sum(map(len, references))}}
+    result["seconds"] = sum(fold["seconds"] for fold in results)
+    result["settings"] = vars(args)
+    for name, lines in (("test.ref", references), ("test.hyp", hypotheses)):
+        runs.write_text(f"{args.out}/{name}", "".join(sum(lines, [])))
+    runs.write_text(f"{args.out}/result.json", json.dumps(result, indent=2))
+    print(f"\nmean over {len(folds)} folds, deviation {result['deviation']:.2%}")
+    probe.print_result(args, result)
+    return result
+
+
+def main(arguments=None):
+    probe.main(parse, evaluate, arguments)
+
+
+if __name__ == "__main__":
+    runs.run(main)

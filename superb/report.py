@@ -1,0 +1,356 @@
+"""Results of the evaluations as one Markdown table, with 95% intervals, and as pictures (SVG).
+
+python -m superb.report runs/*/pr runs/*/sid --to results.md --picture scores.svg
+python -m superb.report --curves loss.svg runs/avg runs/concat runs/none
+"""
+
+import runs  # isort: skip
+
+import functools
+import html
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torchaudio
+
+TASKS = {
+    "phoneme recognition": "PR (PER, ↓)",
+    "speaker identification": "SID (accuracy, ↑)",
+    "emotion recognition": "ER (accuracy, ↑)",
+    "speech recognition": "ASR (WER, ↓)",
+}
+BLUE, FAINT = "#1f6feb", "#d0d7de"
+COLOURS = (BLUE, "#d1701a", "#1a7f37", "#8250df")
+STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass
+class Row:
+    """An upstream. scores, differences: {task: (value, low, high)}, fractions with intervals."""
+
+    name: str
+    group: str = ""
+    place: int = -1  # in rows.tsv
+    results: dict = field(default_factory=dict)  # {task: {seed: content of result.json}}
+    scores: dict = field(default_factory=dict)
+    differences: dict = field(default_factory=dict)
+
+
+# ------------------------------------------------------------------ results
+
+
+def find_row(folder):
+    """(Row, seed) of ROW or ROW/seed-N. The name is that in rows.tsv beside ROW, else the path."""
+    seed = re.fullmatch("seed-([0-9]+)", folder.name)
+    folder = folder.parent if seed else folder
+    row, table = Row(str(folder)), folder.absolute().parent / "rows.tsv"
+    if table.exists():
+        for place, line in enumerate(table.read_text("utf-8").splitlines()):
+            name, group, shown = line.split("\t")
+            if name == folder.absolute().name:
+                row = Row(shown, group, place)
+    return row, int(seed[1]) if seed else 0
+
+
+def read_rows(folders):
+    """Rows, in the order of rows.tsv, of folders ROW/TASK and ROW/seed-N/TASK.
+
+    One warning names folders without a result. Raises ValueError if no folder has one.
+    """
+    rows, missing = {}, []
+    for folder in map(Path, folders):
+        path = folder / "result.json"
+        if not path.exists():
+            missing.append(str(folder))
+            continue
+        result = json.loads(path.read_text("utf-8"))
+        if result.get("task") not in TASKS or "interval" not in result:
+            raise ValueError(f"{path}: not the result of an evaluation")
+        has_task = folder.name in ("pr", "sid", "er", "asr")
+        row, seed = find_row(folder.parent if has_task else folder)
+        row = rows.setdefault(row.name, row)
+        seeds = row.results.setdefault(TASKS[result["task"]], {})
+        if seed in seeds:
+            raise ValueError(f"{folder}: a second result of {row.name}; give only one")
+        score = [result[result["metric"].lower()], *result["interval"]]
+        seeds[seed] = result | {"folder": folder, "score": score}
+    message = f"no result.json in {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
+    if not rows:
+        raise ValueError(message)
+    if missing:
+        runs.warn(message)
+    return sorted(rows.values(), key=lambda row: row.place)
+
+
+def tasks_of(rows):
+    return [task for task in TASKS.values() if any(task in row.results for row in rows)]
+
+
+# ------------------------------------------------------------------ scores
+
+
+def read_errors(result):
+    """Per fold (errors, totals), (utterances,) each, and the references, of test.ref and test.hyp.
+
+    The score is the mean over folds of sum(errors) / sum(totals).
+    """
+    files = [result["folder"] / name for name in ("test.ref", "test.hyp")]
+    references, hypotheses = (file.read_text("utf-8").splitlines() for file in files)
+    pairs = list(zip(references, hypotheses, strict=True))
+    if result["metric"] == "accuracy":  # then "errors" are correct utterances
+        counts = [(ref == hyp, 1) for ref, hyp in pairs]
+    else:
+        words = [(ref.split()[1:], hyp.split()[1:]) for ref, hyp in pairs]
+        distance = torchaudio.functional.edit_distance
+        counts = [(distance(ref, hyp), len(ref)) for ref, hyp in words]
+    ends = np.cumsum([len(ids) for ids in result.get("held_out", {"": pairs}).values()])[:-1]
+    return [fold.T for fold in np.split(np.array(counts, float), ends)], tuple(references)
+
+
+@functools.cache
+def draws(count, stream, resamples=4000):
+    """(resamples, count): how often each of `count` items is drawn, with replacement."""
+    rng = np.random.default_rng(stream)
+    return rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float32)
+
+
+def resample(seeds):
+    """(resamples,) mean scores, with seeds and utterances drawn with replacement.
+
+    seeds: the folds of each. The draws are the same for every row, so differences are paired.
+    """
+    scores = 0
+    for folds, drawn in zip(seeds, draws(len(seeds), 0).T):
+        for stream, (errors, totals) in enumerate(folds, start=1):
+            weights = draws(len(errors), stream)
+            ratio = (weights @ errors) / (weights @ totals)
+            scores = scores + drawn / len(seeds) * ratio / len(folds)
+    return scores
+
+
+def score_rows(rows, against=None):
+    """Sets the scores of every row and, with `against`, a row's name, the differences from it.
+
+    Raises ValueError if there is no such row, or if rows have different test utterances.
+    """
+    base = next((row for row in rows if row.name == against), None)
+    if against and not base:
+        names = ", ".join(row.name for row in rows)
+        raise ValueError(f"--against {against}: no such row; there are {names}")
+    for task in tasks_of(rows):
+        resampled, tested = {}, set()
+        having = [row for row in rows if task in row.results]
+        for row in having:
+            results = list(row.results[task].values())
+            score = np.mean([result["score"] for result in results], axis=0)
+            if base or len(results) > 1:
+                seeds, references = zip(*map(read_errors, results))
+                resampled[row.name] = resample(seeds)
+                tested.update(references)
+            if len(results) > 1:
+                score[1:] = np.percentile(resampled[row.name], [2.5, 97.5])
+            row.scores[task] = score
+        if len(tested) > 1:
+            raise ValueError(f"{task}: the rows were tested on different utterances")
+        if base in having:
+            for row in [row for row in having if row is not base]:
+                drawn = resampled[row.name] - resampled[against]
+                value = row.scores[task][0] - base.scores[task][0]
+                row.differences[task] = np.array([value, *np.percentile(drawn, [2.5, 97.5])])
+
+
+def best_score(rows, task):
+    scores = [row.scores[task][0] for row in rows if task in row.scores]
+    return max(scores) if "↑" in task else min(scores)
+
+
+def describe_sample(rows, task):
+    """Such as "2,500 utterances, 1 to 3 seeds"."""
+    seeds = [row.results[task] for row in rows if task in row.results]
+    *_, test = next(iter(seeds[0].values()))["counts"].values()
+    counts = sorted({str(len(results)) for results in seeds})
+    number = " to ".join(counts[:1] + counts[1:][-1:])
+    return f"{test['utterances']:,} utterances, {number} seed{'' if number == '1' else 's'}"
+
+
+def table(rows, against=None):
+    """The table in Markdown, in percent: per group the scores, then the differences."""
+    tasks = tasks_of(rows)
+    best = {task: best_score(rows, task) for task in tasks}
+    lines = [["", *tasks], ["---"] * (1 + len(tasks))]
+
+    def add(heading, name, cells):
+        if heading and f"*{heading}*" not in [line[0] for line in lines]:
+            lines.append([f"*{heading}*"] + [""] * len(tasks))
+        lines.append([name, *(cells.get(task, "") for task in tasks)])
+
+    def cell(number, is_bold, sign=""):
+        value, low, high = 100 * number
+        text = f"**{value:{sign}.1f}**" if is_bold else f"{value:{sign}.1f}"
+        return f"{text} ({low:.1f} to {high:.1f})"
+
+    for row in rows:
+        cells = {task: cell(score, score[0] == best[task]) for task, score in row.scores.items()}
+        add(row.group, row.name, cells)
+    for row in rows:
+        cells = {task: cell(n, n[1] * n[2] > 0, "+") for task, n in row.differences.items()}
+        if cells:
+            add(f"difference from {against}", row.name, cells)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = ""
+    for line in lines:
+        text += f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |\n"
+    samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
+    text += f"\nPercent; 95% intervals are over utterances and seeds. Test sets: {samples}. "
+    return text + "Bold: the best of a task; differences whose interval excludes 0.\n"
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def new_figure(count, width, height, title):
+    """(pyplot, figure, panels) on a white ground. Raises ValueError if matplotlib is missing."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ValueError("pictures need matplotlib: pip install matplotlib") from None
+    plt.switch_backend("agg")
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9}
+    settings |= {"axes.titlesize": 9, "axes.edgecolor": FAINT, "grid.color": FAINT}
+    plt.rcParams.update(settings | {"axes.spines.top": False, "axes.spines.right": False})
+    shape = {"sharey": True, "squeeze": False, "figsize": (width, height)}
+    figure, panels = plt.subplots(1, count, layout="constrained", **shape)
+    figure.suptitle(title, fontweight="bold")
+    return plt, figure, panels[0]
+
+
+def save_picture(figure, path, label):
+    """Writes an SVG with an aria-label."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
+    root = f'<svg role="img" aria-label="{html.escape(label)}" '
+    with runs.atomic(path) as file:
+        file.write(drawn.getvalue().replace(b"<svg ", root.encode(), 1))
+
+
+def draw_rows(rows, path, title, note, width, plot):
+    """A panel per task, in which plot(panel, row, task, y) draws each row."""
+    labels, tasks = [], tasks_of(rows)
+    for row in rows:
+        labels += [row.name] if row.group in ["", *labels] else [row.group, row.name]
+    size = (2 + width * len(tasks), 1.6 + 0.22 * len(labels))
+    _, figure, panels = new_figure(len(tasks), *size, title)
+    for panel, task in zip(panels, tasks):
+        for row in [row for row in rows if task in row.results]:
+            plot(panel, row, task, labels.index(row.name))
+        sample = describe_sample(rows, task).replace(", ", "\n")
+        panel.set_title(f"{task}\n{sample}")
+        panel.set_ylim(len(labels) - 0.4, -0.6)
+        panel.spines["left"].set_visible(False)
+        panel.tick_params(left=False)
+    panels[0].set_yticks(range(len(labels)), labels)
+    for text in panels[0].get_yticklabels():
+        if text.get_text() in [row.group for row in rows]:
+            text.set_fontweight("bold")
+    figure.supxlabel(note, fontsize=8)
+    save_picture(figure, path, f"{title}; {', '.join(tasks)}; {', '.join(labels)}.")
+
+
+def draw_scores(rows, path):
+    """Per row and task a dot at the score, on a line over the interval."""
+
+    def plot(panel, row, task, y):
+        value, low, high = 100 * row.scores[task]
+        face = BLUE if row.scores[task][0] == best_score(rows, task) else "white"
+        panel.plot([low, high], [y, y], color=BLUE)
+        panel.plot(value, y, "o", color=BLUE, markerfacecolor=face, markersize=5)
+        panel.grid(axis="x", linewidth=0.6)
+
+    note = "Dot: mean over seeds, in percent. Line: 95% interval. Filled dot: best of the task."
+    draw_rows(rows, path, "Scores of frozen upstreams", note, 2, plot)
+
+
+def draw_layers(rows, path):
+    """Per row and task the learned weight of every hidden state; filter banks have only one."""
+
+    def weights(row, task):
+        results = list(row.results[task].values())
+        means = np.mean([result["layer_weights"] for result in results], axis=0)
+        return dict(zip(results[0]["upstream"].get("layers", range(len(means))), means))
+
+    def plot(panel, row, task, y):
+        for state, weight in weights(row, task).items():
+            panel.barh(y, 1, left=state - 0.5, height=1, color=BLUE, alpha=weight)
+            panel.text(state, y, f"{100 * weight:.0f}", ha="center", va="center", fontsize=6)
+        panel.set_xlim(-0.5, last + 0.5)
+        panel.set_xticks(range(0, last + 1, 1 if last < 8 else 4))
+
+    rows = [row for row in rows if any(len(weights(row, task)) > 1 for task in row.results)]
+    last = max((max(weights(row, task)) for row in rows for task in row.results), default=0)
+    note = (
+        "Weight of each hidden state in percent, mean over seeds. State 0 is the input of layer 1."
+    )
+    title = "Learned weights of the hidden states"
+    draw_rows(rows, path, title, note, 0.6 + 0.2 * last, plot)
+
+
+def draw_curves(folders, path):
+    """A panel per run of train.py: the loss of each head; colours are layers, styles teachers."""
+    title, names, colours, styles = "Distillation loss per layer", [], {}, {}
+    plt, figure, panels = new_figure(len(folders), 1 + 2.4 * len(folders), 3.2, title)
+    for folder, panel in zip(map(Path, folders), panels):
+        lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
+        lines = [json.loads(line) for line in lines]
+        row, seed = find_row(folder)
+        names.append(f"{row.name}, seed {seed}")
+        for head in [key.removeprefix("l1/") for key in lines[0] if key.startswith("l1/")]:
+            teacher, _, layer = head.rpartition(".")
+            beside, _ = find_row(folder.parent.parent / f"teacher-{teacher}")
+            teacher = beside.name.removeprefix("teacher: ") if beside.group else teacher
+            colour = colours.setdefault(layer, COLOURS[len(colours) % 4])
+            style = styles.setdefault(teacher, STYLES[len(styles) % 4]) if teacher else "-"
+            losses = [line[f"l1/{head}"] + line[f"cosine/{head}"] for line in lines]
+            panel.plot([line["step"] for line in lines], losses, color=colour, linestyle=style)
+        panel.set_title(names[-1])
+        panel.set_xlabel("step")
+        panel.grid(linewidth=0.6)
+    panels[0].set_ylabel("loss of a head (L1 + cosine)")
+    keys = [plt.Line2D([], [], color=colour) for colour in colours.values()]
+    keys += [plt.Line2D([], [], color="black", linestyle=style) for style in styles.values()]
+    labels = [layer.replace("layer", "layer ") for layer in colours] + list(styles)
+    figure.legend(keys, labels, loc="outside lower center", ncols=6, frameon=False)
+    save_picture(figure, path, f"{title}: {', '.join(names)}.")
+
+
+def main(arguments=None):
+    parser = runs.Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("folders", nargs="*", metavar="FOLDER", help="such as runs/avg/pr, or ROW/seed-N/TASK")
+    add("--against", metavar="ROW", help="also show the paired differences from this row")
+    add("--to", metavar="FILE.md", help="also write the table there")
+    add("--picture", metavar="FILE.svg", help="draw the scores")
+    add("--layers", metavar="FILE.svg", help="draw the learned weights of the hidden states")
+    add("--curves", nargs="+", metavar=("FILE.svg", "RUN"), help="draw losses of train.py's runs")
+    with runs.one_line_errors():
+        args = parser.parse_args(arguments)
+        if args.folders:
+            rows = read_rows(args.folders)
+            score_rows(rows, args.against)
+            text = table(rows, args.against)
+            print(text, end="", flush=True)
+            if args.to:
+                runs.write_text(args.to, text)
+            if args.picture:
+                draw_scores(rows, args.picture)
+            if args.layers:
+                draw_layers(rows, args.layers)
+        if args.curves:
+            draw_curves(args.curves[1:], args.curves[0])
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,130 @@
+#!/usr/bin/env bash
+# The comparison of arXiv:2302.12757 in SUPERB's tasks: students of one, two and all teachers, the
+# teachers and two baselines. Writes results.md and pictures to OUT. The same command resumes.
+#
+#     bash superb/reproduce.sh                              # days on GPUs; needs the four corpora
+#     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
+#     bash superb/reproduce.sh --demo                       # synthetic speech, 10 minutes, 2 cores
+set -uo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+if [ "${1-}" = --demo ]; then
+    : "${DATA=data/demo}" "${LEXICON=data/demo/lexicon.txt}" "${VOXCELEB=data/demo/speakers.csv}"
+    : "${TEACHERS=$root/demo/hubert.pt,$root/demo/robust_hubert.pt,$root/demo/wavlm.pt}"
+    : "${HEADS=2,3,4}" "${STEPS=300}" "${TASKS=pr sid}" "${RATES=5e-3}"
+    : "${ROWS=fbank untrained teacher-hubert hubert avg concat none}"
+    : "${OUT=runs/demo-reproduce}" "${CACHE=$OUT/cache}"
+    # From random weights: the first layers of the demo's teachers alone solve its tasks.
+    : "${TRAIN=--splits train-clean-100 --init none --batch-size 16 --lr 2e-3 --max-seconds 1.6}"
+    : "${PR=--steps 600 --eval-every 200 --batch-size 16}" "${SID=$PR}"
+    python -c "from demo import speech; speech.prepare(); speech.speakers()" || exit 2
+elif [ $# -gt 0 ]; then
+    echo "reproduce.sh: $1: unknown; settings are variables, see the top of the script" >&2
+    exit 2
+fi
+
+DATA=${DATA-data/LibriSpeech}             # LibriSpeech, for PR and ASR
+AUDIO=${AUDIO-$DATA}                      # students are distilled on it: a folder or a manifest.tsv
+LEXICON=${LEXICON-data/librispeech-lexicon.txt}
+VOXCELEB=${VOXCELEB-data/VoxCeleb1}       # a folder, or a .csv for --manifest of superb.sid
+IEMOCAP=${IEMOCAP-data/IEMOCAP}           # a folder, or a .csv for --manifest of superb.er
+TEACHERS=${TEACHERS-hubert,robust_hubert,wavlm_plus}
+NAMES=${NAMES-HuBERT,RobustHuBERT,WavLM}  # of the teachers, in table and pictures
+HEADS=${HEADS-4,8,12}                     # layers; the student with one head predicts the last
+STEPS=${STEPS-200000}                     # of distillation
+SEEDS=${SEEDS-0}
+TASKS=${TASKS-pr sid er asr}
+PAIRS=${PAIRS-yes}                        # students of two teachers; empty for none
+ROWS=${ROWS-}                             # folders of the rows to run; empty for all
+RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}   # learning rates of the probes
+TRAIN=${TRAIN-} PR=${PR-} SID=${SID-} ER=${ER-} ASR=${ASR-}    # more flags of the programs
+CACHE=${CACHE-}                           # folder for targets and features of one row at a time
+OUT=${OUT-runs/reproduce}
+PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+train=(python)
+((PROCESSES > 1)) && train=(torchrun --standalone --nproc_per_node="$PROCESSES")
+train+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
+failed=()
+
+part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME.log
+    local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
+    "${@:2}" >>"$log" 2>&1 && echo "$name: $((SECONDS - start)) s" && return
+    code=$?
+    ((code == 130 || code == 143)) && exit $code    # Ctrl-C, SIGTERM
+    failed+=("$name")
+    echo "$name failed: $(tail -n 1 "$log") ($log)" >&2
+    return 1
+}
+
+evaluate() {  # evaluate TASK FLAGS...
+    local program=(-m "superb.$1") data=(--data "$DATA") more=${1^^}
+    case $1 in
+        pr) program=("$root/evaluate_pr.py") data+=(--lexicon "$LEXICON") ;;
+        sid) data=(--data "$VOXCELEB") ;;
+        er) data=(--data "$IEMOCAP") ;;
+    esac
+    [[ ${data[1]} == *.csv ]] && data[0]=--manifest
+    python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more} "${@:2}"
+}
+
+row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
+    local row=$1 cache=() folder upstream=$5 seed task
+    [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
+    grep -q "^$row"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
+    [ -z "$CACHE" ] || cache=(--cache "$CACHE/reproduce/$row")
+    for seed in $SEEDS; do
+        folder=$OUT/$row/seed-$seed
+        if [ "$4" = train ]; then
+            upstream=$folder/student.pt
+            part "$row/seed-$seed" "${train[@]}" --teachers "${@:5}" --seed "$seed" \
+                --out "$folder" "${cache[@]}" || continue
+        fi
+        for task in $TASKS; do
+            part "$row/seed-$seed/$task" evaluate "$task" --upstream "$upstream" --seed "$seed" \
+                --out "$folder/$task" "${cache[@]}"
+        done
+    done
+    [ -z "$CACHE" ] || rm -rf "$CACHE/reproduce/$row"
+}
+
+mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
+IFS=, read -ra paths <<<"$TEACHERS"
+IFS=, read -ra names <<<"$NAMES"
+folders=("${paths[@]##*/}")
+folders=("${folders[@]%.*}")
+numbers=(no one two three four five)
+n=${#paths[@]} count=${numbers[n]}
+if ((${#names[@]} != n)); then
+    echo "reproduce.sh: NAMES must have one name per teacher of TEACHERS" >&2
+    exit 2
+fi
+row fbank baselines "filter banks" upstream fbank
+row untrained baselines "before distillation" train "${paths[0]}" --steps 0
+for ((i = 0; i < n; i++)); do
+    row "teacher-${folders[i]}" teachers "teacher: ${names[i]}" upstream "${paths[i]}"
+done
+for ((i = 0; i < n; i++)); do
+    row "${folders[i]}" "students of one teacher" "${names[i]}'s student" train "${paths[i]}"
+done
+for ((i = 0; i < n; i++)); do
+    for ((j = i + 1; j < n; j++)); do
+        if [ -z "$PAIRS" ] || ((n == 2)); then continue; fi
+        row "${folders[i]}+${folders[j]}" "students of two teachers" \
+            "average of ${names[i]} and ${names[j]}" train "${paths[i]},${paths[j]}"
+    done
+done
+group="students of $count teachers"
+row avg "$group" "average of $count" train "$TEACHERS"
+row concat "$group" "concatenation of $count" train "$TEACHERS" --agg concat
+row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
+row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
+
+results=() against=()
+for task in $TASKS; do results+=("$OUT"/*/seed-*/$task); done
+compgen -G "$OUT/avg/seed-*/*/result.json" >/dev/null && against=(--against "average of $count")
+python -m superb.report "${results[@]}" "${against[@]}" --to "$OUT/results.md" \
+    --picture "$OUT/results.svg" --layers "$OUT/layers.svg" || failed+=(report)
+if ((${#failed[@]})); then
+    echo "failed: ${failed[*]}; logs are in $OUT/logs; the same command tries them again" >&2
+    exit 1
+fi

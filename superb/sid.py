@@ -1,0 +1,223 @@
+"""Speaker identification of SUPERB (arXiv:2105.01051): a frozen upstream, mean pooling, accuracy.
+
+    python -m superb.sid --upstream runs/avg/student.pt --data data/VoxCeleb1
+    python -m superb.sid --upstream runs/avg/student.pt --manifest speakers.csv
+    python -m superb.sid --demo
+
+The same command resumes a run.
+"""
+
+import runs  # isort: skip
+
+import csv
+import os
+
+import numpy as np
+import torch
+from torch import nn
+
+import data
+import probe
+
+SPLITS = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
+
+
+def parse(arguments=None):
+    """Settings from the command line. Raises ValueError if they are invalid."""
+    parser = probe.parser(__doc__, "sid")
+    parser.set_defaults(data="data/VoxCeleb1", steps=200_000, lr="1e-4", eval_every=4000)
+    parser.add_argument("--manifest", help="a .csv of path,label,split (train, dev or test)")
+    parser.add_argument("--crop", type=float, default=8.0, help="seconds per utterance in training")
+    if parser.parse_known_args(arguments)[0].demo:
+        from demo import speech
+
+        parser.set_defaults(manifest=speech.SPEAKERS, lr="5e-3", steps=1500, batch_size=16)
+        parser.set_defaults(log_every=500, eval_every=250)
+    return parser.parse_args(arguments)
+
+
+# ------------------------------------------------------------------ tables of files
+
+
+def read_voxceleb1(folder):
+    """[(path, speaker, split, place of the line)] of the iden_split.txt in VoxCeleb1's folder.
+
+    Raises FileNotFoundError and ValueError.
+    """
+    table = os.path.join(folder, "iden_split.txt")
+    if not os.path.isfile(table):
+        source = "www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt"
+        raise FileNotFoundError(f"{table}: missing; put {source} into the folder of --data")
+    rows = []
+    for number, line in data.read_lines(table):
+        split, _, audio = line.strip().partition(" ")
+        if split not in SPLITS or not audio:
+            form = "1|2|3 SPEAKER/VIDEO/FILE.wav"
+            raise ValueError(f"{table}, line {number}: not '{form}' but {line.strip()[:60]!r}")
+        paths = [f"{root}/{audio}" for root in ("wav", "dev/wav", "test/wav")]  # as it unpacks
+        found = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
+        place = f"{table}, line {number}"
+        rows.append(((found or paths)[0], audio.split("/")[0], SPLITS[split], place))
+    return rows
+
+
+def read_table(path, columns):
+    """[[value of each column, ..., place of the line]] of a .csv; blanks around them are ignored.
+
+    Raises FileNotFoundError and ValueError.
+    """
+    rows, header = [], None
+    for number, line in data.read_lines(path):
+        fields = [field.strip() for field in next(csv.reader([line]))]
+        if header is None:
+            header = fields
+            wrong = [column for column in columns if header.count(column) != 1]
+            if wrong:
+                need = f"it needs one column each of {', '.join(columns)}"
+                raise ValueError(f"{path}, line 1: {header.count(wrong[0])} {wrong[0]}; {need}")
+            continue
+        row = dict(zip(header, fields))
+        if not all(row.get(column) for column in columns):
+            raise ValueError(f"{path}, line {number}: a value of {','.join(columns)} is missing")
+        rows.append([row[column] for column in columns] + [f"{path}, line {number}"])
+    if not rows:
+        raise ValueError(f"{path}: no lines below the header")
+    return rows
+
+
+def read_corpus(root, rows):
+    """(data.Corpus, {path: index}) of the files of rows (path, ..., place of the line).
+
+    Raises ValueError for a file that is missing or named twice.
+    """
+    places = {}
+    for path, *_, place in rows:
+        file = os.path.realpath(os.path.join(root, path))
+        if not os.path.isfile(file):
+            raise ValueError(f"{place}: no file {os.path.join(root, path)}")
+        if file in places:
+            raise ValueError(f"{place}: {path} is named twice, first in {places[file]}")
+        places[file] = place
+    paths = [row[0] for row in rows]
+    lengths, skipped = data.read_lengths(root, paths)
+    data.check_skipped(skipped, len(paths))
+    short = {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
+    skipped |= short
+    paths = [path for path in paths if path not in skipped]
+    corpus = data.Corpus(root, paths, np.zeros(len(paths)), [lengths[p] for p in paths], skipped)
+    return corpus, {path: i for i, path in enumerate(paths)}
+
+
+def make_split(name, corpus, indices, rows, classes):
+    """The probe.Split of rows (path, class, ...); indices: {path: index in the corpus}."""
+    used = [row for row in rows if row[0] in indices]
+    if not used:
+        raise ValueError(f"{corpus.root}: no utterances for {name}")
+    ids = [row[0] for row in used]
+    labels = [torch.tensor(classes.index(row[1])) for row in used]
+    skipped = {row[0]: corpus.skipped[row[0]] for row in rows if row[0] not in indices}
+    return probe.Split(name, corpus, [indices[id] for id in ids], ids, labels, skipped)
+
+
+def read_splits(root, rows):
+    """(speakers, [train, dev, test]) of rows (path, speaker, split, place of the line)."""
+    speakers = sorted({speaker for _, speaker, split, _ in rows if split == "train"})
+    for _, speaker, split, place in rows:
+        if split not in SPLITS.values():
+            raise ValueError(f"{place}: the split {split!r} is none of train, dev, test")
+        if speaker not in speakers:
+            raise ValueError(f"{place}: the speaker {speaker} has no utterance to train on")
+    corpus, indices = read_corpus(root, rows)
+    splits = []
+    for name in SPLITS.values():
+        of_split = [row for row in rows if row[2] == name]
+        splits.append(make_split(name, corpus, indices, of_split, speakers))
+    return speakers, splits
+
+
+# ------------------------------------------------------------------ the task
+
+
+def mean_over_frames(states, frames, longest=None):
+    """Per utterance, the mean over frames, or over a random crop of `longest` frames.
+
+    states: (..., batch, frames, dim); frames: (batch,). Returns (..., batch, dim). SUPERB pools
+    after the weighted sum and the projection: both are linear, so pooling first is equal.
+    """
+    start = torch.zeros_like(frames)
+    if longest:
+        room = (frames - longest).clamp(min=0)
+        start = (torch.rand(len(frames)) * (room + 1)).long()
+        frames = frames.clamp(max=longest)
+    time = torch.arange(states.shape[-2])
+    inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
+    share = (inside / frames[:, None]).to(states)
+    return torch.matmul(share[:, None], states)[..., 0, :]
+
+
+class MeanHead(nn.Module):
+    """Two linear layers on the mean. Source: s3prl's UtteranceLevel with MeanPooling."""
+
+    def __init__(self, dim, classes):
+        super().__init__()
+        self.projection = nn.Linear(dim, 256)
+        self.classes = nn.Linear(256, classes)
+
+    def forward(self, x, frames):
+        """x: (batch, dim). Returns logits, (batch, classes)."""
+        return self.classes(self.projection(x))
+
+
+class Classification:
+    """A task, as evaluate_pr.PhonemeRecognition; labels are () tensors, the number of a class.
+
+    crop: the longest crop in training, in frames, or None.
+    """
+
+    metric = "accuracy"
+    higher_is_better = True
+
+    def __init__(self, name, classes, crop=None):
+        self.name, self.symbols, self.crop = name, classes, crop
+
+    def head(self, dim):
+        return MeanHead(dim, len(self.symbols))
+
+    def pool(self, states, frames, training):
+        return mean_over_frames(states, frames, self.crop if training else None)
+
+    def loss(self, logits, frames, labels):
+        return nn.functional.cross_entropy(logits, torch.stack(labels).to(logits.device))
+
+    def predict(self, logits, frames):
+        return logits.argmax(-1).tolist()
+
+    def text(self, number):
+        return [self.symbols[number]]
+
+    def count(self, references, hypotheses):
+        """(1 per correct utterance, 1 per utterance), both (utterances,)."""
+        correct = [a == b for a, b in zip(references, hypotheses)]
+        return np.array(correct, float), np.ones(len(correct))
+
+
+def evaluate(args):
+    """The result of the upstream args.upstream, a dict."""
+    with runs.one_line_errors():
+        if args.manifest:
+            rows = read_table(args.manifest, ["path", "label", "split"])
+            speakers, splits = read_splits(os.path.dirname(args.manifest), rows)
+        else:
+            speakers, splits = read_splits(args.data, read_voxceleb1(args.data))
+        upstream = probe.Upstream(args)
+    crop = upstream.encoder.frames(int(args.crop * data.SAMPLE_RATE))
+    task = Classification("speaker identification", speakers, crop)
+    return probe.evaluate(args, task, upstream, *splits)
+
+
+def main(arguments=None):
+    probe.main(parse, evaluate, arguments)
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -1,0 +1,101 @@
+"""superb/asr.py: characters, SpecAugment, BiLSTMs, WER."""
+
+import json
+
+import pytest
+import torch
+from conftest import flags_of, on_cpu, read_symbols, write_audio
+
+import evaluate_pr
+from superb import asr as program
+
+
+def score(out, **more):
+    """result.json of a run in this process."""
+    settings = {"out": out, "batch_size": 16, "workers": 0, "log_every": 100, "steps": 4}
+    on_cpu(program, flags_of(settings | {"eval_every": 2, "hidden": 32, "lr": 1e-3} | more))
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def asr(corpus, upstreams, tmp_path_factory):
+    """A finished run: (its folder, its settings, its result)."""
+    out = tmp_path_factory.mktemp("asr") / "asr"
+    settings = {"data": corpus, "upstream": upstreams / "student.pt"}
+    return out, settings, score(out, **settings)
+
+
+def test_public_scorer_gives_the_same_wer(asr):
+    jiwer = pytest.importorskip("jiwer")
+    out, _, result = asr
+    hypotheses, references = read_symbols(out / "test.hyp"), read_symbols(out / "test.ref")
+    assert list(references) == list(hypotheses) and len(references) == 16
+    assert any(hypotheses.values())
+    texts = [[" ".join(line) for line in found.values()] for found in (references, hypotheses)]
+    assert jiwer.wer(*texts) == pytest.approx(result["wer"], abs=1e-12)
+
+
+def test_rate_in_a_sweep_draws_the_dropout_and_specaugment_that_it_draws_alone(asr, tmp_path):
+    out, settings, result = asr
+    several = score(tmp_path / "several", **settings | {"lr": "1e-2,1e-3"})
+    assert several["curves"]["0.001"] == result["curves"]["0.001"]
+    paths = (out / "last.pt", tmp_path / "several/last.pt")
+    alone, several = (torch.load(path, weights_only=True)["probes"] for path in paths)
+    assert all(torch.equal(weight, several[1][name]) for name, weight in alone[0].items())
+
+
+def test_characters_are_letters_apostrophe_and_blank(tmp_path):
+    write_audio(tmp_path / "dev/1/1", [8000, 9000])
+    (tmp_path / "dev/1/1/x.trans.txt").write_text("000 Don't go\n001 42 TIMES\n")
+    task = program.SpeechRecognition(8)
+    split = evaluate_pr.read_split(str(tmp_path), "dev", task.spell)
+    assert split.ids == ["000"] and task.text(split.labels[0].tolist()) == ["DON'T", "GO"]
+    assert list(split.skipped.values()) == ["characters 24"]
+
+
+# ------------------------------------------------------------------ the head
+
+
+def test_bilstm_equals_that_of_torch_on_a_packed_sequence():
+    x, frames = torch.randn(3, 9, 4), torch.tensor([9, 1, 6])
+    lstm = program.BiLSTM(4, 5)
+    packed = torch.nn.LSTM(4, 5, bidirectional=True, batch_first=True)
+    weights = dict(lstm.forwards.state_dict())
+    weights |= {f"{name}_reverse": w for name, w in lstm.backwards.state_dict().items()}
+    packed.load_state_dict(weights)
+    pack = torch.nn.utils.rnn.pack_padded_sequence
+    output, _ = packed(pack(x, frames, batch_first=True, enforce_sorted=False))
+    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
+    found = lstm(x, frames)
+    for row, length in enumerate(frames.tolist()):
+        torch.testing.assert_close(found[row, :length], expected[row, :length])
+
+
+def test_specaugment_masks_and_warps_in_training_only():
+    augment, x, frames = program.SpecAugment(), torch.ones(8, 100, 200), torch.full((8,), 100)
+    assert augment.eval()(x, frames) is x
+    augment.train()
+    torch.manual_seed(0)
+    masked = augment(x, frames) == 0
+    rows, columns = masked.all(2).sum(1), masked.all(1).sum(1)  # wholly masked frames, dimensions
+    assert 0 < rows.max() <= 2 * 39 and 0 < columns.max() <= 4 * 49
+    assert masked.sum() < masked.numel()
+
+    ramp = torch.arange(60.0)[:, None].expand(60, 3).contiguous()
+    warped = augment.warp(ramp, 50)
+    assert warped.shape == ramp.shape and torch.equal(warped[50:], ramp[50:])
+    assert (warped - ramp).abs().max() <= 7 and not torch.equal(warped, ramp)
+    assert (warped[1:50] - warped[:49]).mean() == pytest.approx(1, abs=0.1)
+    assert torch.equal(augment.warp(ramp[:10], 10), ramp[:10])  # too short
+
+
+def test_dropout_follows_each_lstm_in_training_only():
+    torch.manual_seed(0)
+    head, x, frames = program.CharacterHead(8, 64), torch.randn(2, 20, 8), torch.tensor([20, 20])
+    inputs = []
+    for module in (head.lstms[1], head.characters):
+        module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    head.train()(x, frames)
+    head.eval()(x, frames)
+    zeros = [float((part == 0).float().mean()) for part in inputs]
+    assert all(0.15 < share < 0.25 for share in zeros[:2]) and zeros[2:] == [0, 0]

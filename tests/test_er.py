@@ -1,0 +1,125 @@
+"""superb/er.py: folds and their mean accuracy."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import flags_of, on_cpu, read_symbols, refused, write_audio
+
+import probe
+from superb import er
+from superb.sid import read_table
+
+
+@pytest.fixture(scope="module")
+def emotions(tmp_path_factory):
+    """A table of two classes that differ in loudness of high frequencies, in three folds."""
+    folder = tmp_path_factory.mktemp("emotions")
+    rng, lines = np.random.default_rng(0), ["path,label,fold\n"]
+    for number in range(36):
+        sound, label = rng.standard_normal(5000 + 100 * number), "bright"
+        if number % 2 == 0:
+            sound, label = np.convolve(sound, np.hanning(32), "same"), "dull"
+        soundfile.write(folder / f"{number:02d}.flac", 0.1 * sound / np.abs(sound).max(), 16000)
+        lines.append(f"{number:02d}.flac,{label},{number % 3}\n")
+    (folder / "emotions.csv").write_text("".join(lines))
+    return folder / "emotions.csv"
+
+
+def score(out, **more):
+    """result.json of a run in this process."""
+    settings = {"out": out, "batch_size": 8, "lr": 1e-2, "workers": 0, "log_every": 100}
+    on_cpu(er, flags_of(settings | more))
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(emotions, upstreams, tmp_path_factory):
+    """A finished run: (its folder, its settings, its result)."""
+    out = tmp_path_factory.mktemp("er") / "er"
+    settings = {"manifest": emotions, "upstream": upstreams / "student.pt"}
+    settings |= {"steps": 120, "eval_every": 40}
+    return out, settings, score(out, **settings)
+
+
+def test_score_is_the_mean_over_held_out_folds(finished):
+    out, _, result = finished
+    assert list(result["folds"]) == ["0", "1", "2"] and result["accuracy"] > 0.65
+    assert result["accuracy"] == pytest.approx(np.mean(list(result["folds"].values())))
+    assert result["deviation"] == pytest.approx(np.std(list(result["folds"].values()), ddof=1))
+    references, hypotheses = read_symbols(out / "test.ref"), read_symbols(out / "test.hyp")
+    assert list(references) == list(hypotheses) == sum(result["held_out"].values(), [])
+    counts = []
+    for fold, names in result["held_out"].items():
+        assert all(int(name[:2]) % 3 == int(fold) for name in names) and len(names) == 12
+        correct = np.array([references[name] == hypotheses[name] for name in names], float)
+        assert result["folds"][fold] == pytest.approx(correct.mean())
+        counts.append((correct, np.ones(12)))
+    assert result["interval"] == pytest.approx(probe.bootstrap(*counts))
+    assert result["counts"]["test"]["utterances"] == 36 and len(result["layer_weights"]) == 3
+
+
+def test_folds_share_no_utterance_and_train_on_eighty_percent_of_the_others(emotions):
+    rows = read_table(str(emotions), ["path", "label", "fold"])
+    classes, folds = er.read_folds(str(emotions.parent), rows, seed=0)
+    assert classes == ["bright", "dull"]
+    for train, dev, test in folds.values():
+        assert (len(train.ids), len(dev.ids), len(test.ids)) == (19, 5, 12)
+        assert len({*train.ids, *dev.ids, *test.ids}) == 36
+        for name, label in zip(dev.ids, dev.labels):
+            assert classes[int(label)] == ("bright" if int(name[:2]) % 2 else "dull")
+
+
+def test_upstream_is_run_once_for_all_folds(finished, tmp_path, monkeypatch):
+    _, settings, expected = finished
+    computed, call = [], probe.Upstream.__call__
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
+    assert score(tmp_path, **settings)["folds"] == expected["folds"] and len(computed) == 36
+
+
+def test_only_the_folds_that_are_missing_are_run_again(finished, monkeypatch):
+    out, settings, expected = finished
+    monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
+    os.remove(out / "result.json")
+    assert score(out, **settings) == expected
+
+
+def test_iemocap_is_read_as_it_unpacks(tmp_path):
+    for session in range(1, 6):
+        folder, name = tmp_path / f"Session{session}", f"Ses0{session}F_impro01"
+        tables = folder / "dialog/EmoEvaluation"
+        (tables / "Categorical").mkdir(parents=True)
+        (tables / "._hidden.txt").write_bytes(b"\x00\x05\x16\x07\xff")
+        audio = write_audio(folder / "sentences/wav" / name, [6000] * 6, suffix=".wav")
+        lines = ["% [START_TIME - END_TIME] TURN_NAME EMOTION [V, A, D]\n\n"]
+        for path, label in zip(audio, ["neu", "exc", "hap", "ang", "fru", "xxx"]):
+            turn = f"{name}_F{path.stem}"
+            path.rename(path.with_name(f"{turn}.wav"))
+            lines.append(f"[6.2901 - 8.2357]\t{turn}\t{label}\t[2.5000, 2.5000, 2.5000]\n")
+            lines.append("C-E2:\tNeutral;\t()\n\n")
+        (tables / f"{name}.txt").write_text("".join(lines))
+    classes, folds = er.read_folds(str(tmp_path), er.read_iemocap(str(tmp_path)), seed=0)
+    assert classes == ["angry", "happy", "neutral"] and list(folds) == ["1", "2", "3", "4", "5"]
+    test = folds["2"][2]
+    labels = [classes[int(label)] for label in test.labels]
+    assert labels == ["neutral", "happy", "happy", "angry"]
+    assert all(name.startswith("Session2/") for name in test.ids)
+    with pytest.raises(FileNotFoundError, match="Session1.*--data"):
+        er.read_iemocap(str(tmp_path / "Session1"))
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("path, label, fold\na.flac, x, 1\n", ["line 2", "no file", "a.flac"]),
+        ("path,label,fold\n000.flac,x,1\n001.flac,y,1\n", ["one fold"]),
+    ],
+)
+def test_wrong_table_is_refused(tmp_path, capsys, text, words):
+    write_audio(tmp_path, [6000] * 2)
+    (tmp_path / "list.csv").write_text(text)
+    settings = {"out": tmp_path / "out", "manifest": tmp_path / "list.csv", "upstream": "fbank"}
+    line = refused(capsys, er, flags_of(settings))
+    assert all(word in line for word in words), line

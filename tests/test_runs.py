@@ -1,0 +1,167 @@
+"""runs.py and cache.py: files, locks, errors, cached tensors."""
+
+import runs
+
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, environment, write_audio
+
+import cache
+import data
+
+
+class NoSignal:
+    number = 0
+
+    def received(self):
+        return 0
+
+
+# ------------------------------------------------------------------ files
+
+
+def test_a_file_gets_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    runs.save(path, {"step": 1})
+    with pytest.raises(OSError, match="last.pt: not saved .*No space left.*intact"):
+        with runs.atomic(path, keep_previous=True) as file:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+    assert os.listdir(tmp_path) == ["last.pt"] and runs.load(path) == {"step": 1}
+    runs.save(path, {"step": 2}, keep_previous=True)
+    assert runs.load(path) == {"step": 2} and runs.load(f"{path}.old") == {"step": 1}
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "text", "code"])
+def test_a_damaged_file_or_code_is_one_line_with_the_path(tmp_path, damage):
+    path = tmp_path / "x.pt"
+    torch.save(os.system if damage == "code" else {"x": torch.zeros(1000)}, path)
+    content = bytearray(path.read_bytes())
+    if damage == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "one bit":
+        content[len(content) // 2] ^= 1  # in the zeros: torch.load would not notice
+        path.write_bytes(content)
+        assert zipfile.is_zipfile(path) and torch.load(path, weights_only=True)["x"].any()
+    elif damage == "text":
+        path.write_text("a diary")
+    with pytest.raises(ValueError, match="^[^\n]*x.pt: damaged[^\n]*$"):
+        runs.load(path)
+
+
+def test_the_newest_undamaged_checkpoint_is_found(tmp_path, capsys):
+    assert runs.load_latest(tmp_path, ["step"]) is None
+    runs.save(tmp_path / "last.pt.old", {"step": 4})
+    assert runs.load_latest(tmp_path, ["step"])["step"] == 4  # killed between two renames
+    for damaged in (b"", b"no checkpoint"):
+        (tmp_path / "last.pt").write_bytes(damaged)
+        assert runs.load_latest(tmp_path, ["step"])["step"] == 4
+    runs.save(tmp_path / "last.pt", {"epoch": 5})
+    assert runs.load_latest(tmp_path, ["step"])["step"] == 4
+    assert "it has no step" in capsys.readouterr().err
+    (tmp_path / "last.pt.old").write_bytes(b"")
+    with pytest.raises(ValueError, match="no undamaged checkpoint; move"):
+        runs.load_latest(tmp_path, ["step"])
+
+
+def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
+    (tmp_path / "last.pt.123.partial").write_text("of a killed process")
+    code = f"import runs; runs.lock({str(tmp_path)!r}); print('locked', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment(), cwd=ROOT, **pipes) as other:
+        assert other.stdout.readline() == "locked\n"
+        assert os.listdir(tmp_path) == ["lock"]
+        with pytest.raises(ValueError, match="another run is using this folder"):
+            runs.lock(str(tmp_path))
+        other.kill()
+    runs.lock(str(tmp_path))
+
+
+def test_threads_wait_passively_unless_the_user_says_otherwise():
+    code = "import runs, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for given, expected in [(None, "passive"), ("active", "active")]:
+        env = environment()
+        env.pop("OMP_WAIT_POLICY", None)
+        if given:
+            env["OMP_WAIT_POLICY"] = given
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
+def test_numbers_alone_decide_the_seed():
+    draws = []
+    for numbers in [(0, 5, 1), (0, 5, 1), (0, 5, 2), (1, 5, 1)]:
+        runs.seed(*numbers)
+        draws.append(float(torch.rand(())))
+    assert draws[0] == draws[1] and len(set(draws)) == 3
+
+
+# ------------------------------------------------------------------ the cache
+
+
+def test_eight_bits_with_a_scale_per_dimension_lose_half_a_step_at_most():
+    x = torch.randn(50, 6) * torch.tensor([1e-3, 0.1, 1, 10, 1000, 0])
+    saved = cache.quantize(x)
+    assert saved["values"].dtype == torch.int8 and saved["values"].shape == (50, 6)
+    error = (cache.dequantize(saved) - x).abs().amax(0)
+    assert (error <= x.abs().amax(0) / 127 / 2 * 1.01).all()
+    assert torch.equal(cache.dequantize(saved, 7, 5), cache.dequantize(saved)[7:12])
+
+
+@pytest.fixture
+def small(tmp_path):
+    write_audio(tmp_path / "audio", [4000 + 1357 * i for i in range(9)])
+    return data.find_corpus(tmp_path / "audio", ["."], max_seconds=0.5)
+
+
+def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, tmp_path):
+    filled, stop, computed = cache.Cache(str(tmp_path / "c"), small), NoSignal(), []
+
+    def compute(i):
+        computed.append(i)
+        stop.number = 15 if len(computed) == 4 else 0
+        stop.received = lambda: stop.number
+        return torch.full((2,), i)
+
+    with pytest.raises(SystemExit) as end:
+        filled.fill(compute, lambda i: 8, "numbers", stop)
+    assert end.value.code == 128 + 15 and computed == [0, 1, 2, 3]
+    stop.number = 0
+    filled.fill(compute, lambda i: 8, "numbers", NoSignal())
+    filled.fill(compute, lambda i: 8, "numbers", NoSignal())
+    assert computed == list(range(len(small)))
+    assert [runs.load(filled.path(i))[0] for i in range(len(small))] == computed
+
+
+def test_paths_of_a_manifest_stay_inside_the_cache(tmp_path):
+    corpus = data.Corpus("/root", ["/abs/a.flac", "../../b.flac"], [0, 0], [400, 400])
+    inside = cache.Cache(str(tmp_path), corpus)
+    for i in range(2):
+        assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/")
+
+
+def test_cached_targets_are_those_of_the_crop(small, tmp_path):
+    frames = lambda samples: (samples - 400) // 320 + 1  # noqa: E731
+    filled = cache.Cache(str(tmp_path / "c"), small)
+
+    def compute(i):  # the target of frame n is the waveform where the frame starts
+        waveform = small.read(i)
+        starts = torch.arange(frames(len(waveform))) * 320
+        return {"values": waveform[starts, None], "scale": torch.ones(1)}
+
+    filled.fill(compute, lambda i: 1, "targets", NoSignal())
+    batches = cache.CachedTargets(filled, frames, 4)
+    positions = set()
+    for step in range(6):
+        batch = batches[step]
+        starts = torch.arange(frames(batch["waveforms"].shape[1])) * 320
+        assert torch.equal(batch["waveforms"][:, starts], batch["targets"][:, :, 0])
+        positions |= set(batch["waveforms"][:, 0].tolist())
+    assert len(positions) > 6 and np.isfinite(list(positions)).all()
