@@ -2,7 +2,7 @@
 # The comparison of arXiv:2302.12757 in SUPERB's tasks: students of one, two and all teachers, the
 # teachers and two baselines. Writes results.md and pictures to OUT. The same command resumes.
 #
-#     bash superb/reproduce.sh                              # days on GPUs; needs the four corpora
+#     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
 #     bash superb/reproduce.sh --demo                       # synthetic speech, 10 minutes, 2 cores
 set -uo pipefail

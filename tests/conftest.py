@@ -10,7 +10,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -72,12 +71,14 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """What `torchrun ... train.py --demo` leaves: (its folder, its output, seconds)."""
+    """What `torchrun ... train.py --demo` leaves: (its folder, its output, CPU seconds)."""
     folder = tmp_path_factory.mktemp("demo")
-    start = time.monotonic()
+    before = os.times()
     done = run("train.py", "--demo", cwd=folder, processes=2)
+    after = os.times()
     assert done.returncode == 0, done.stderr
-    return folder, done.stdout, time.monotonic() - start
+    seconds = after.children_user + after.children_system
+    return folder, done.stdout, seconds - before.children_user - before.children_system
 
 
 @pytest.fixture(scope="session")

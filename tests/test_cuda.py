@@ -107,7 +107,7 @@ def test_compiled_networks_have_one_graph_each_for_all_lengths(monkeypatch):
     sizes = {"conv_layers": ((8, 10, 5),) + ((8, 3, 2),) * 4 + ((8, 2, 2),) * 2, "dim": 16}
     sizes |= {"ffn_dim": 32, "heads": 2, "pos_kernel": 8, "pos_groups": 2}
     teachers = []
-    for layers, buckets in [(2, 0), (3, 320)]:
+    for layers, buckets in [(1, 0), (2, 320)]:
         config = EncoderConfig(**sizes, layers=layers, relative_buckets=buckets)
         teachers.append(SpeechEncoder(config).eval())
     student = Student(student_config(teachers[0].config), [("layer1", 16)]).train()
@@ -121,7 +121,7 @@ def test_compiled_networks_have_one_graph_each_for_all_lengths(monkeypatch):
         network.compile(dynamic=True, backend=backend)
     for samples in (6400, 9600, 25600):
         with torch.no_grad():
-            states = [teacher(torch.randn(2, samples), layers=[1, 2]) for teacher in teachers]
+            states = [teacher(torch.randn(2, samples), layers=[1]) for teacher in teachers]
         student(torch.randn(2, samples))[0].sum().backward()
         assert len(graphs) == len(teachers) + 1
         assert states[1][0].shape == (2, teachers[1].frames(samples), 16)

@@ -46,7 +46,7 @@ def test_all_rows_are_run_once_and_only_missing_parts_again(tmp_path):
     (tmp_path / "out/concat/seed-0").write_text("in the way\n")
     first = reproduce(tmp_path, "--demo", **DEMO)
     assert first.returncode == 1 and "failed: concat/seed-0; logs are in out/logs" in first.stderr
-    lines = (tmp_path / "out/results.md").read_text().split("*difference")[0].splitlines()[2:]
+    lines = (tmp_path / "out/results.md").read_text().split("| *difference")[0].splitlines()[2:]
     assert ", ".join(line.split("|")[1].strip() for line in lines if line) == (
         "*baselines*, filter banks, before distillation, *teachers*, teacher: HuBERT, "
         "teacher: WavLM, *students of one teacher*, HuBERT's student, WavLM's student, "
