@@ -7,10 +7,8 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 
-import soundfile
 import torch
 
 import data
@@ -28,65 +26,56 @@ class Cache:
         self.folder, self.corpus = folder, corpus
 
     def path(self, i):
-        """The file of utterance i, named after audio file, first sample and length."""
-        corpus = self.corpus
-        audio = corpus.paths[i].lstrip("/").replace("..", "__")  # stays inside the folder
-        return os.path.join(self.folder, f"{audio}.{corpus.starts[i]}-{corpus.samples[i]}.pt")
+        """The file of utterance i, named after its place in the audio file and the content of that.
 
-    def missing(self):
-        """Utterances of this rank without a file, or with one that is older than the audio."""
-        found, older = [], 0
-        for i in range(RANK, len(self.corpus), WORLD_SIZE):
-            try:
-                cached = os.path.getmtime(self.path(i))
-            except OSError:
-                found.append(i)
-                continue
-            audio = os.path.join(self.corpus.root, self.corpus.paths[i])
-            if os.path.exists(audio) and os.path.getmtime(audio) > cached:
-                found.append(i)
-                older += 1
-        if older:
-            remedy = "if the audio was copied, copy its times too (cp -a)"
-            print(f"{self.folder}: {older} files are older than their audio; {remedy}")
-        return found
+        The content is known by its size and 16 KiB from the middle. Raises OSError.
+        """
+        corpus = self.corpus
+        with open(os.path.join(corpus.root, corpus.paths[i]), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            file.seek(size // 2)
+            content = hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:8]
+        name = corpus.paths[i].lstrip("/").replace("..", "__")  # stays inside the folder
+        name = f"{name}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
+        return os.path.join(self.folder, name)
+
+    def is_missing(self, i):
+        try:
+            return not os.path.exists(self.path(i))
+        except OSError:
+            return True
 
     def fill(self, compute, size, name, stop):
         """Computes what is missing, in the main process; ranks share the work by index.
 
-        compute(i): what to save of utterance i; size(i): its bytes. An utterance that cannot be
-        read gets a warning and no file. Prints the size of the whole cache first. Exits on a
-        signal; the same command continues. A disk that is too small is an error before that.
+        compute(i): what to save of utterance i, or None for nothing; size(i): its bytes.
+        The size of all is printed, and a disk that is too small an error, before that.
+        Exits on a signal; the same command continues.
         """
         with runs.one_line_errors():
             os.makedirs(self.folder, exist_ok=True)
-            missing = self.missing()
-        total = sum(size(i) for i in range(len(self.corpus)))
-        needed = sum(runs.gather(sum(size(i) for i in missing)))
-        if RANK == 0:
-            print(
-                f"{name}: {total / 1e9:.3g} GB in {self.folder}, {needed / 1e9:.3g} GB to compute"
-            )
-        with runs.one_line_errors():
-            free = shutil.disk_usage(self.folder).free
-            if needed > free:
-                sizes = f"{needed / 1e9:.3g} GB needed, {free / 1e9:.3g} GB free"
-                raise OSError(f"{self.folder}: {sizes}; choose another --cache")
+            missing = [i for i in range(RANK, len(self.corpus), WORLD_SIZE) if self.is_missing(i)]
+        total = sum(map(size, range(len(self.corpus)))) / 1e9
+        needed = sum(runs.gather(sum(map(size, missing)))) / 1e9
         started = printed = time.monotonic()
-        for number, i in enumerate(missing, start=1):
-            if stop.number:
-                break
-            try:
+        with runs.one_line_errors():
+            free = shutil.disk_usage(self.folder).free / 1e9
+            sizes = f"{self.folder}: {total:.3g} GB of {name}, {needed:.3g} GB to compute"
+            if needed > free:
+                raise OSError(f"{sizes}, {free:.3g} GB free; choose another --cache")
+            if RANK == 0:
+                print(sizes, flush=True)
+            for number, i in enumerate(missing, start=1):
+                if stop.number:
+                    break
                 content = compute(i)
-            except (soundfile.SoundFileError, OSError, ValueError) as problem:
-                print(f"warning: {self.corpus.paths[i]}: {problem}", file=sys.stderr)
-                continue
-            os.makedirs(os.path.dirname(self.path(i)), exist_ok=True)
-            runs.save(self.path(i), content)
-            if RANK == 0 and time.monotonic() - printed > 20:
-                printed = time.monotonic()
-                left = (printed - started) / number * (len(missing) - number) / 60
-                print(f"{name}: {number} of {len(missing)}, {left:.0f} min left", flush=True)
+                if content is not None:
+                    os.makedirs(os.path.dirname(self.path(i)), exist_ok=True)
+                    runs.save(self.path(i), content)
+                if RANK == 0 and time.monotonic() - printed > 20:
+                    printed = time.monotonic()
+                    left = (printed - started) / number * (len(missing) - number) / 60
+                    print(f"{name}: {number} of {len(missing)}, {left:.0f} min left", flush=True)
         signal = stop.received()
         if signal:
             raise SystemExit(128 + signal)

@@ -211,16 +211,18 @@ def one_line_errors():
 
 @contextlib.contextmanager
 def atomic(path, keep_previous=False):
-    """Opens a file for writing bytes that gets the name `path` only once it is complete on disk.
+    """Opens a file for writing bytes that gets the name `path` only once it is complete.
 
-    keep_previous: the file that had the name before becomes PATH.old. Raises OSError.
+    keep_previous: for checkpoints, which survive a power cut too: the file that had the name
+        before becomes PATH.old. Raises OSError.
     """
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if keep_previous:
+                file.flush()
+                os.fsync(file.fileno())
         if keep_previous and os.path.exists(path):
             os.replace(path, f"{path}.old")
         os.replace(partial, path)

@@ -82,8 +82,8 @@ def parse(arguments=None):
         from demo import speech
 
         parser.set_defaults(data=speech.DATA, splits="train-clean-100", teachers=speech.TEACHERS)
-        parser.set_defaults(heads="2,3,4", steps=300, batch_size=16, lr=2e-3, max_seconds=1.6)
-        parser.set_defaults(log_every=20, save_every=100)
+        parser.set_defaults(heads="2,3,4", init="none", steps=300, batch_size=16, lr=2e-3)
+        parser.set_defaults(max_seconds=1.6, log_every=20, save_every=100)
     args = parser.parse_args(arguments)
     args.out = args.out or f"runs/{'demo-' if args.demo else ''}{args.agg}"
     if args.batch_size % (WORLD_SIZE * args.accumulate):
@@ -183,17 +183,20 @@ def main(arguments=None):
         targets = aggregate.AGGREGATIONS[args.agg](states)
         return torch.cat([target.float() for target in targets], dim=-1)
 
+    def compute_cached(i):
+        try:
+            waveform = corpus.read(i)
+        except data.UNREADABLE:
+            return None  # skipped with a warning in training
+        return quantize(compute_targets(waveform[None].to(device))[0].cpu())
+
     if args.cache and start < args.steps:
         frames = teachers[0].frames
         source = inspect.getsource(aggregate)  # edited code has a folder of its own
         name = key(list(digests.values()), layers_of, args.agg, args.precision, source)
         cache = Cache(os.path.join(args.cache, f"targets-{args.agg}-{name}"), corpus)
-        cache.fill(
-            lambda i: quantize(compute_targets(corpus.read(i)[None].to(device))[0].cpu()),
-            lambda i: sum(dims) * (frames(int(corpus.samples[i])) + 4),
-            "targets",
-            stop,
-        )
+        bytes_of = lambda i: sum(dims) * (frames(int(corpus.samples[i])) + 4)  # noqa: E731
+        cache.fill(compute_cached, bytes_of, "targets", stop)
         batches = CachedTargets(cache, frames, *batching)
         teachers = []  # frees their memory
 

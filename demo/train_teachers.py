@@ -120,8 +120,8 @@ def main(arguments=None):
         parser = runs.Parser("Train the demo's three teachers from scratch.")
         parser.add_argument("folder", metavar="DIR", help="gets the three checkpoints")
         folder = parser.parse_args(arguments).folder
-        runs.find_device(cpu_ok=True)
-        train_teachers(folder)
+    runs.find_device(cpu_ok=True)
+    train_teachers(folder)
     print(f"{folder}: {', '.join(f'{name}.pt' for name in FORMATS)}")
 
 

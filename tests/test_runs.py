@@ -141,10 +141,14 @@ def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, 
 
 
 def test_paths_of_a_manifest_stay_inside_the_cache(tmp_path):
-    corpus = data.Corpus("/root", ["/abs/a.flac", "../../b.flac"], [0, 0], [400, 400])
-    inside = cache.Cache(str(tmp_path), corpus)
+    (path,) = write_audio(tmp_path / "audio", [4000])
+    paths = [str(path), "../audio/000.flac"]
+    (tmp_path / "list").mkdir()
+    inside = cache.Cache(
+        f"{tmp_path}/cache", data.Corpus(f"{tmp_path}/list", paths, [0] * 2, [9] * 2)
+    )
     for i in range(2):
-        assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/")
+        assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/cache/")
 
 
 def test_cached_targets_are_those_of_the_crop(small, tmp_path):

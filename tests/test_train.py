@@ -151,9 +151,7 @@ def test_targets_are_cached_per_ensemble_and_code_and_used_again(job, tmp_path, 
     assert len(calls) == 3 * len(files) > 3 * 30
     assert {path.relative_to(next(cache.iterdir())).parts[0] for path in files} >= {"telephone"}
     calls.clear()
-    shutil.copytree(job / "audio", tmp_path / "moved", copy_function=shutil.copy2)
-    second = {"student_layers": 1, "seed": 5, "data": tmp_path / "moved"}
-    distil(job, tmp_path / "second", cache=cache, steps=3, **second)
+    distil(job, tmp_path / "second", cache=cache, steps=3, student_layers=1, seed=5)
     assert not calls
     others = [{"heads": "1,4"}, {"agg": "concat"}, {"teachers": job / "hubert.pt"}]
     for number, other in enumerate(others, start=2):
@@ -165,18 +163,21 @@ def test_targets_are_cached_per_ensemble_and_code_and_used_again(job, tmp_path, 
     assert len(list(cache.iterdir())) == 5
 
 
-def test_targets_older_than_their_audio_are_computed_again_with_the_reason(
-    job, tmp_path, monkeypatch, capsys
-):
-    shutil.copytree(job / "audio", tmp_path / "audio", copy_function=shutil.copy2)
+def test_content_decides_about_cached_targets_not_times_or_folders(job, tmp_path, monkeypatch):
+    shutil.copytree(job / "audio", tmp_path / "audio")
     settings = {"data": tmp_path / "audio", "cache": tmp_path / "cache", "steps": 1}
     distil(job, tmp_path / "first", **settings)
     calls = count_teacher_calls(monkeypatch)
-    os.utime(tmp_path / "audio" / "000.flac")
-    capsys.readouterr()
-    distil(job, tmp_path / "second", **settings)
+    shutil.copytree(tmp_path / "audio", tmp_path / "copy", copy_function=shutil.copy)
+    distil(job, tmp_path / "second", **settings | {"data": tmp_path / "copy"})
+    assert not calls
+    other = write_audio(tmp_path / "other", [6000 + 397 * i for i in range(4)], seed=8)
+    os.replace(other[3], tmp_path / "copy" / "003.flac")  # other audio of the same length
+    distil(job, tmp_path / "third", **settings | {"data": tmp_path / "copy"})
     assert len(calls) == 3
-    assert "1 files are older than their audio" in capsys.readouterr().out
+    calls.clear()
+    distil(job, tmp_path / "fourth", **settings)
+    assert not calls
 
 
 def test_a_damaged_target_counts_as_an_unreadable_utterance(job, tmp_path, capsys, monkeypatch):
