@@ -13,7 +13,10 @@ def average(states):
     states[teacher][layer]: (batch, frames, dim), the same dim for all teachers.
     Returns one (batch, frames, dim) target per layer, in float32.
     """
-    return [torch.stack([state.float() for state in layer]).mean(0) for layer in zip(*states)]
+    return [
+        torch.stack([state.float() for state in layer]).mean(0)
+        for layer in zip(*states, strict=True)
+    ]
 
 
 def concatenate(states):
@@ -22,7 +25,7 @@ def concatenate(states):
     states[teacher][layer]: (batch, frames, dim of that teacher).
     Returns one (batch, frames, sum of dims) target per layer.
     """
-    return [torch.cat(layer, dim=-1) for layer in zip(*states)]
+    return [torch.cat(layer, dim=-1) for layer in zip(*states, strict=True)]
 
 
 def separate(states):
@@ -40,21 +43,20 @@ def heads(agg, layers, teachers):
     """The student's prediction heads [(name, target dim), ...], in the order of the targets.
 
     agg: a key of AGGREGATIONS. teachers: [(name, dim), ...]. layers: one list per teacher.
-    Names are such as "layer4", "layer4-8" if the teachers' layers differ, or "wavlm.layer4".
+    Names: "layer4", "layer4-8" if the layers differ between teachers, "wavlm.layer4" for "none".
     Raises ValueError if teachers to be averaged differ in dim.
     """
-    heads = []
+    found = []
     if agg == "none":
         for (name, dim), numbers in zip(teachers, layers):
-            heads += [(f"{name}.layer{number}", dim) for number in numbers]
-        return heads
+            found += [(f"{name}.layer{number}", dim) for number in numbers]
+        return found
     dims = [dim for _, dim in teachers]
     if agg == "avg" and len(set(dims)) > 1:
-        found = ", ".join(f"{name} {dim}" for name, dim in teachers)
-        raise ValueError(f"an average needs teachers of one dim, not {found}; concat takes any")
-    for numbers in zip(*layers):
-        if len(set(numbers)) == 1:
-            numbers = numbers[:1]
-        name = "layer" + "-".join(map(str, numbers))
-        heads.append((name, dims[0] if agg == "avg" else sum(dims)))
-    return heads
+        widths = ", ".join(f"{name} {dim}" for name, dim in teachers)
+        raise ValueError(f"an average needs teachers of one dim, not {widths}; concat takes any")
+    for numbers in zip(*layers, strict=True):
+        same = len(set(numbers)) == 1
+        name = "layer" + "-".join(map(str, numbers[:1] if same else numbers))
+        found.append((name, dims[0] if agg == "avg" else sum(dims)))
+    return found

@@ -44,7 +44,9 @@ def main(arguments=None):
         parser = runs.Parser(__doc__.split("\n")[0])
         add = parser.add_argument
         add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="of utterances")
-        add("--heads", type=train.layers, default="4,8,12", help="teachers' layers to predict")
+        add(
+            "--heads", type=train.parse_layers, default="4,8,12", help="teachers' layers to predict"
+        )
         add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="aggregation")
         add("--steps", type=runs.count, default=5, help="timed steps, after two that are not timed")
         add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")
@@ -82,6 +84,9 @@ def main(arguments=None):
         targets = aggregate.AGGREGATIONS[args.agg](states)
         return torch.cat([target.float() for target in targets], dim=-1)
 
+    def compute_cached(i):
+        return quantize(compute_targets(corpus.read(i)[None].to(device))[0].cpu())
+
     def now():
         if device.type == "cuda":  # parts wait for each other, which makes a step a bit slower
             torch.cuda.synchronize()
@@ -118,12 +123,8 @@ def main(arguments=None):
         if args.cache:
             frames = teachers[0].frames
             cache = Cache(f"{folder}/targets", corpus)
-            cache.fill(
-                lambda i: quantize(compute_targets(corpus.read(i)[None].to(device))[0].cpu()),
-                lambda i: sum(dims) * (frames(int(corpus.samples[i])) + 4),
-                "targets",
-                stop,
-            )
+            sizes = [sum(dims) * (frames(samples) + 4) for samples in corpus.samples.tolist()]
+            cache.fill(compute_cached, sizes, "targets", stop)
             batches["step with cached targets"] = CachedTargets(cache, frames, len(corpus))
         steps = range(WARMUP + args.steps)
         loaders, seconds = {}, {}

@@ -15,8 +15,8 @@ import data
 
 
 def key(*parts):
-    """16 hex digits for the name of a folder, which change with any of the parts (JSON types)."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    """16 hex digits for the name of a folder: a hash of the parts (JSON types)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class Cache:
@@ -26,9 +26,9 @@ class Cache:
         self.folder, self.corpus = folder, corpus
 
     def path(self, i):
-        """The file of utterance i, named after its place in the audio file and the content of that.
+        """The file of utterance i: audio path, first sample, length, and a hash of the audio file.
 
-        The content is known by its size and 16 KiB from the middle. Raises OSError.
+        The hash is over the size of the file and 16 KiB from its middle. Raises OSError.
         """
         corpus = self.corpus
         with open(os.path.join(corpus.root, corpus.paths[i]), "rb") as file:
@@ -45,33 +45,33 @@ class Cache:
         except OSError:
             return True
 
-    def fill(self, compute, size, name, stop):
+    def fill(self, compute, sizes, name, stop):
         """Computes what is missing, in the main process; ranks share the work by index.
 
-        compute(i): what to save of utterance i, or None for nothing; size(i): its bytes.
-        The size of all is printed, and a disk that is too small an error, before that.
-        Exits on a signal; the same command continues.
+        compute(i): what to save of utterance i, or None for nothing; sizes: per utterance, bytes.
+        The total size is printed first; too little free disk space is an error before anything
+        is computed. Exits on a signal; the same command continues.
         """
         with runs.one_line_errors():
             os.makedirs(self.folder, exist_ok=True)
             missing = [i for i in range(RANK, len(self.corpus), WORLD_SIZE) if self.is_missing(i)]
-        total = sum(map(size, range(len(self.corpus)))) / 1e9
-        needed = sum(runs.gather(sum(map(size, missing)))) / 1e9
+        needed = sum(runs.gather(sum(sizes[i] for i in missing))) / 1e9
         started = printed = time.monotonic()
         with runs.one_line_errors():
             free = shutil.disk_usage(self.folder).free / 1e9
-            sizes = f"{self.folder}: {total:.3g} GB of {name}, {needed:.3g} GB to compute"
+            message = f"{self.folder}: {sum(sizes) / 1e9:.3g} GB of {name}, {needed:.3g} to compute"
             if needed > free:
-                raise OSError(f"{sizes}, {free:.3g} GB free; choose another --cache")
+                raise OSError(f"{message}, {free:.3g} GB free; choose another --cache")
             if RANK == 0:
-                print(sizes, flush=True)
+                print(message, flush=True)
             for number, i in enumerate(missing, start=1):
                 if stop.number:
                     break
                 content = compute(i)
                 if content is not None:
-                    os.makedirs(os.path.dirname(self.path(i)), exist_ok=True)
-                    runs.save(self.path(i), content)
+                    path = self.path(i)
+                    os.makedirs(os.path.dirname(path), exist_ok=True)
+                    runs.save(path, content)
                 if RANK == 0 and time.monotonic() - printed > 20:
                     printed = time.monotonic()
                     left = (printed - started) / number * (len(missing) - number) / 60
@@ -99,15 +99,17 @@ class CachedTargets(data.TrainBatches):
     """TrainBatches with "targets", (share, frames, dim), read from a Cache of quantized targets.
 
     Convolutions without padding keep frames and samples aligned: the crop that starts at sample
-    320 n has the frames from n on. Its targets saw the whole utterance, not the crop alone.
+    320 n has the frames from n on. The targets are computed from the whole utterance.
     """
 
+    crop_start_multiple = 320  # samples from one frame to the next
+
     def __init__(self, cache, frames, *args):
-        """frames(samples): how many frames the teachers give."""
+        """frames(samples): number of frames of the teachers; args: of TrainBatches."""
         super().__init__(cache.corpus, *args)
-        self.cache, self.frames, self.crop_start_multiple = cache, frames, 320
+        self.cache, self.frames = cache, frames
 
     def example(self, epoch, i, position, samples):
-        first = self.crop_start(i, position, samples) // 320
+        first = self.crop_start(i, position, samples) // self.crop_start_multiple
         targets = dequantize(runs.load(self.cache.path(i)), first, self.frames(samples))
         return super().example(epoch, i, position, samples) | {"targets": targets}

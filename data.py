@@ -20,13 +20,13 @@ import torchaudio
 
 SAMPLE_RATE = 16000
 MIN_SAMPLES = 400  # the receptive field of one frame
-CROP_MULTIPLE = 3200  # crops have a multiple of these samples, so that few shapes occur
+CROP_MULTIPLE = 3200  # samples of a crop are a multiple of it, which limits the shapes
 BATCH_TIMEOUT = 600  # seconds
 LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 EXTENSIONS |= {".aif", ".oga", ".opus", ".snd", ".sph"}
 UNSUPPORTED = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr", ".3gp", ".ape", ".mka", ".wv"}
-UNREADABLE = (soundfile.SoundFileError, OSError, ValueError)  # what read_audio raises
+UNREADABLE = (soundfile.SoundFileError, OSError, ValueError, TypeError)  # from read_audio
 
 
 # ------------------------------------------------------------------ utterances
@@ -35,8 +35,9 @@ UNREADABLE = (soundfile.SoundFileError, OSError, ValueError)  # what read_audio 
 class Corpus:
     """Utterances: audio files, or pieces of long files.
 
-    root: folder that paths are relative to; paths: per utterance, its file.
-    starts, samples: (utterances,) int64, where the utterance starts in the file, and its length.
+    root: folder that paths are relative to; paths: the file per utterance.
+    starts, samples: (utterances,) int64, first sample in the file, and length.
+    A file with one utterance, from sample 0, is used whole: its length must not change.
     skipped: {path: reason} of the files that were found but cannot be used.
     """
 
@@ -44,27 +45,31 @@ class Corpus:
         self.root, self.paths, self.skipped = root, list(paths), dict(skipped)
         self.starts = np.asarray(starts, np.int64)
         self.samples = np.asarray(samples, np.int64)
-        lengths = collections.defaultdict(int)
-        for path, end in zip(self.paths, (self.starts + self.samples).tolist()):
-            lengths[path] = max(lengths[path], end)
-        self.file_samples = [lengths[path] for path in self.paths]
-        self.files = len(lengths)
+        self.counts = collections.Counter(self.paths)
 
     def __len__(self):
         return len(self.paths)
 
     def __str__(self):
-        return f"{self.files:,} files, {len(self):,} utterances, {self.hours():.2f} hours"
+        files = f"{len(self.counts):,} files in {len(self):,} utterances"
+        return f"{files}, {self.hours():.2f} hours"
 
     def hours(self):
         return self.samples.sum() / SAMPLE_RATE / 3600
+
+    def part(self, indices):
+        """The Corpus of some of the utterances."""
+        paths = [self.paths[i] for i in indices]
+        return Corpus(self.root, paths, self.starts[indices], self.samples[indices])
 
     def read(self, i, start=0, samples=None):
         """Samples of utterance i, (samples,) float32. Raises as read_audio does."""
         if samples is None:
             samples = int(self.samples[i]) - start
+        whole = self.starts[i] == 0 and self.counts[self.paths[i]] == 1
+        file_samples = int(self.samples[i]) if whole else None
         path = os.path.join(self.root, self.paths[i])
-        return read_audio(path, int(self.starts[i]) + start, samples, self.file_samples[i])
+        return read_audio(path, int(self.starts[i]) + start, samples, file_samples)
 
 
 def warn_skipped(skipped):
@@ -76,7 +81,7 @@ def warn_skipped(skipped):
 
 
 def check_skipped(skipped, total):
-    """Raises ValueError if over 1% of `total` files are skipped: then the cause is another."""
+    """Raises ValueError if over 1% of `total` files are skipped: it is not single files then."""
     if len(skipped) > 0.01 * total:
         path = min(skipped)
         count = f"{len(skipped)} of {total} audio files cannot be used, over 1%"
@@ -110,12 +115,12 @@ class TrainBatches(torch.utils.data.Dataset):
     def plan(self, epoch):
         """(utterances, crops, positions) of an epoch.
 
-        utterances: (steps, batch_size) indices; crops: (steps,) samples of each crop;
-        positions: (all utterances,) where each crop starts, 0 is first and 1 last possible.
+        utterances: (steps, batch_size) indices; crops: (steps,) lengths in samples;
+        positions: (all utterances,) where each crop starts, from 0 (earliest) to 1 (latest).
         """
         rng = np.random.default_rng([self.seed, epoch])
         used = rng.permutation(len(self.corpus))[: self.steps_per_epoch * self.batch_size]
-        # Sorted by length with 5% jitter: crops waste little, and batches differ between epochs.
+        # Sorted by length with 5% jitter: little is cropped, and batches differ between epochs.
         order = np.argsort(self.corpus.samples[used] * rng.uniform(0.95, 1.05, len(used)))
         utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
         crops = self.corpus.samples[utterances].min(axis=1)
@@ -126,8 +131,8 @@ class TrainBatches(torch.utils.data.Dataset):
         """This rank's share of the batch of a step, from 0.
 
         "waveforms": (share, samples), and what else example() returns; "paths": [str];
-        "skipped": {path: reason} of unreadable utterances, each replaced by the next of the
-        batch. Raises ValueError if none of the batch can be read.
+        "skipped": {path: reason} of unreadable utterances, each replaced by the next readable
+        one of the batch. Raises ValueError if there is none.
         """
         epoch, row = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
@@ -162,8 +167,8 @@ class TrainBatches(torch.utils.data.Dataset):
 class Noise:
     """Noise of the audio files under a folder, for students of noisy speech.
 
-    snr: lowest and highest signal-to-noise ratio in dB, over the crop, drawn uniformly.
-    probability: of a waveform to be mixed at all.
+    snr: lowest and highest signal-to-noise ratio of a waveform in dB, drawn uniformly.
+    probability: that noise is added to a waveform at all.
     Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
     """
 
@@ -182,7 +187,10 @@ class Noise:
         i = int(rng.integers(len(self.corpus)))
         start = int(rng.integers(max(1, self.corpus.samples[i] - len(waveform) + 1)))
         length = min(len(waveform), int(self.corpus.samples[i]))
-        noise = self.corpus.read(i, start, length)
+        try:
+            noise = self.corpus.read(i, start, length)
+        except UNREADABLE as error:
+            raise ValueError(f"its noise {self.corpus.paths[i]}: {error}") from None
         if length < len(waveform):
             noise = noise.roll(int(rng.integers(length)))
             noise = noise.repeat(-(-len(waveform) // length))[: len(waveform)]
@@ -215,7 +223,7 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
             return
         except RuntimeError as error:
             waited += 5
-            if "timed out" not in str(error):
+            if "DataLoader timed out" not in str(error):
                 raise
             if stop and stop.number:
                 print("stopped while waiting for a batch; the same command resumes", flush=True)
@@ -229,7 +237,7 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
 
 
 def ignore_signals(worker):
-    """The main process finishes its step after SIGTERM or Ctrl-C, and needs its workers."""
+    """SIGTERM and Ctrl-C reach workers too; the main process needs them to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -247,7 +255,7 @@ def check_shared_memory(batch_bytes, workers):
 
 
 def encoded(path):
-    """A path as soundfile takes it, even if it is not UTF-8."""
+    """A path for soundfile, which takes bytes if it is not UTF-8."""
     return path if os.name == "nt" else os.fsencode(path)
 
 
@@ -264,7 +272,7 @@ def read_length(path):
     """
     info = soundfile.info(encoded(path))
     if not 0 < info.frames < 10_000 * os.path.getsize(path):
-        raise ValueError(f"a length of {info.frames} samples in its header; write the file anew")
+        raise ValueError(f"a length of {info.frames} samples in its header; encode it again")
     return info.frames, info.samplerate
 
 
@@ -272,7 +280,7 @@ def read_audio(path, start=0, samples=None, file_samples=None):
     """(samples,) float32, channels averaged, from sample `start` on; at 16 kHz.
 
     Of a file at another rate, only the samples and the resampling filter's margin are read.
-    file_samples: length of the file when it was found.
+    file_samples: expected length of the file, or None.
     Raises one of UNREADABLE if the file cannot be read, has changed its length, ends too early
     or has samples that are not finite.
     """
@@ -280,7 +288,7 @@ def read_audio(path, start=0, samples=None, file_samples=None):
         rate = file.samplerate
         length = resampled_length(file.frames, rate)
         if file_samples not in (None, length):
-            raise ValueError(f"has {length} samples at 16 kHz, had {file_samples} when found")
+            raise ValueError(f"has {length} samples at 16 kHz, expected {file_samples}")
         if samples is None:
             samples = length - start
         divisor = math.gcd(rate, SAMPLE_RATE)
@@ -314,11 +322,9 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     are skipped. "." as split is the whole folder. Raises FileNotFoundError and ValueError.
     """
     corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
-    longest = int(corpus.samples.max())
-    if max_seconds:
-        longest = int(max_seconds * SAMPLE_RATE)
-    if max_seconds and longest < MIN_SAMPLES:
-        raise ValueError(f"--max-seconds {max_seconds} is less than one frame, 0.025")
+    longest = int(max_seconds * SAMPLE_RATE) if max_seconds else int(corpus.samples.max())
+    if max_seconds and longest < 2 * MIN_SAMPLES:
+        raise ValueError(f"--max-seconds {max_seconds} is less than two frames, 0.05")
     paths, starts, samples = [], [], []
     for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
         if length < MIN_SAMPLES:
@@ -338,9 +344,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
 def scan(folder, splits):
     """The Corpus of the audio files under sub-folders of a folder, lengths from their headers."""
     if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"{folder}: no such folder (--data); README has LibriSpeech's download"
-        )
+        raise FileNotFoundError(f"{folder}: no such folder (--data); see README for LibriSpeech")
     root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
@@ -380,7 +384,7 @@ def files_under(root, folder):
 
 
 def read_lengths(root, paths):
-    """({path: samples}, {path: why it cannot be read})."""
+    """({path: samples} of the readable files, {path: reason} of the others)."""
     lengths, unreadable, printed = {}, {}, time.monotonic()
 
     def length(path):
@@ -388,12 +392,15 @@ def read_lengths(root, paths):
             if re.search(r"[\t\r\n]", path):
                 return "a tab or line break in its name"
             return resampled_length(*read_length(os.path.join(root, path)))
-        except (*UNREADABLE, TypeError) as error:
+        except UNREADABLE as error:
             return f"cannot be read: {error}"
 
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # for network disks
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network disks have latency
         for number, (path, found) in enumerate(zip(paths, pool.map(length, paths)), start=1):
-            (unreadable if isinstance(found, str) else lengths)[path] = found
+            if isinstance(found, str):
+                unreadable[path] = found
+            else:
+                lengths[path] = found
             if time.monotonic() - printed > 10:
                 printed = time.monotonic()
                 print(f"scanning {root}: {number:,} of {len(paths):,} files", flush=True)
@@ -403,15 +410,15 @@ def read_lengths(root, paths):
 def read_manifest(path, moved_root=None):
     """The Corpus of a fairseq manifest: a root folder, then lines of `path<tab>samples`.
 
-    With three columns the second is the first sample, for pieces of files. A relative root is
+    With three columns the second is the first sample, for parts of files. A relative root is
     relative to the manifest; moved_root replaces the root if it is a folder.
     Raises FileNotFoundError and ValueError.
     """
-    rows = []
+    rows, root = [], os.path.dirname(os.path.realpath(path))
     for number, line in read_lines(path):
         name, *numbers = line.rstrip("\r\n").split("\t")
         if number == 1:
-            root = os.path.join(os.path.dirname(path), name)
+            root = os.path.join(root, name)
         elif len(numbers) in (1, 2) and all(re.fullmatch("[0-9]{1,15}", text) for text in numbers):
             rows.append((name, int(numbers[0]) if len(numbers) == 2 else 0, int(numbers[-1])))
         else:
@@ -423,13 +430,13 @@ def read_manifest(path, moved_root=None):
     if moved_root and os.path.isdir(moved_root):
         root = os.path.realpath(moved_root)
     corpus = Corpus(root, *zip(*rows))
-    # fairseq's wav2vec_manifest.py counts samples at the rate of the file: look at a hundred.
+    # fairseq's wav2vec_manifest.py counts at the rate of the file: up to 100 files are checked.
     for i in np.unique(np.linspace(0, len(corpus) - 1, 100).astype(int)):
         try:
             samples, rate = read_length(os.path.join(root, corpus.paths[i]))
         except UNREADABLE:
             continue  # will be skipped with a warning
-        if rate != SAMPLE_RATE and samples == corpus.file_samples[i]:
+        if rate != SAMPLE_RATE and samples == corpus.starts[i] + corpus.samples[i]:
             cause = f"{corpus.paths[i]} is counted at {rate} Hz, not 16 kHz"
             raise ValueError(f"{path}: {cause}; give --data the folder")
     return corpus
@@ -444,7 +451,7 @@ def write_manifest(path, corpus):
 
 
 def read_lines(path):
-    """[(number from 1, line)] of the lines of a text that are not blank."""
+    """[(line number from 1, line)] of the lines of a text that are not blank."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{path}: no such file")
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:

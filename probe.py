@@ -4,20 +4,16 @@ Source: arXiv:2105.01051 and s3prl's downstream tasks. What a task has to define
 PhonemeRecognition in evaluate_pr.py.
 """
 
-import runs  # isort: skip
+import runs
 
-import argparse
 import contextlib
+import functools
 import json
 import math
 import os
-import platform
-import subprocess
-import sys
 import time
 
 import numpy as np
-import soundfile
 import torch
 import torchaudio
 from torch import nn
@@ -28,50 +24,56 @@ from student import load_student
 from teachers import digest, load_teacher
 
 MAX_SECONDS = 160  # of an utterance, which goes through the upstream as a whole
-# Settings that may differ when a run resumes. Upstream and data are compared by content.
-MAY_CHANGE = {"out", "cache", "workers", "log_every", "upstream", "data", "lexicon", "manifest"}
-CHECKPOINT = ("step", "identity", "probes", "optimizers", "curves", "best", "seconds")
-
-
-# ------------------------------------------------------------------ settings
+# Settings that may differ when a run resumes. Files are compared by content.
+MAY_CHANGE = {"out", "cache", "workers", "log_every"}
+MAY_CHANGE |= {"upstream", "data", "lexicon", "manifest", "noise", "snr"}
 
 
 # fmt: off
-def parser(description, task, splits=None):
-    """The flags of all tasks. task: last folder of --out; splits: default of --splits, if any."""
+def parser(description, task, **defaults):
+    """The flags of all tasks. task: last folder of --out; defaults: of flags."""
     parser = runs.Parser(description.split("\n")[0])
-    parser.set_defaults(task=task)
     add = parser.add_argument
     add("--upstream", help="a student.pt, a teacher's name or checkpoint, or fbank")
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
-    if splits:
-        add("--splits", type=runs.names, default=splits, help="to train, choose and test on")
+    if "splits" in defaults:
+        add("--splits", type=runs.names, help="to train, choose and test on")
     add("--out", help="folder of the run (default: beside a student.pt, else in runs/UPSTREAM)")
     add("--steps", type=runs.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=runs.count, default=32, help="utterances per step")
-    add("--lr", type=rates, default="1e-4",
-        help="learning rates of Adam, one probe each; SUPERB tries 1e-1,1e-2,1e-3,1e-4,1e-5")
+    add("--lr", type=numbers, default="1e-4", help="learning rates of Adam, one probe per rate")
     add("--states", type=states, default="all", help="hidden states to use: all, last or 0,4,12")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
-        help="of the upstream; auto is bf16 if the device computes in it")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the upstream")
+    add("--noise", metavar="DIR", help="mix noise of the files there into the test split")
+    add("--snr", type=numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
     add("--cache", metavar="DIR", help="cache the hidden states there, for later runs too")
     add("--workers", type=int, default=min(4, runs.cores()), help="data-loading workers")
     add("--seed", type=int, default=0, help="of initial weights, order of the data, and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of progress")
     add("--eval-every", type=runs.count, default=1000, help="steps between scores and checkpoints")
     add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
+    parser.set_defaults(task=task, **defaults)
     return parser
 # fmt: on
 
 
-def rates(text):
-    """Flag type: learning rates."""
-    return [float(rate) for rate in text.split(",")]
+def numbers(text):
+    """Flag type: numbers separated by commas."""
+    return [float(number) for number in text.split(",")]
 
 
 def states(text):
     """Flag type: all, last, or numbers of hidden states."""
     return text if text in ("all", "last") else sorted({int(state) for state in text.split(",")})
+
+
+def parse(parser, arguments):
+    """The settings. With --demo the defaults are those of demo/speech.py."""
+    if parser.parse_known_args(arguments)[0].demo:
+        from demo import speech
+
+        parser.set_defaults(**speech.SETTINGS[parser.get_default("task")])
+    return parser.parse_args(arguments)
 
 
 def main(parse, evaluate, arguments):
@@ -82,44 +84,27 @@ def main(parse, evaluate, arguments):
         if args.demo:
             from demo import speech
 
-            speech.student()
+            speech.prepare_tasks()
         elif not args.upstream:
             raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
-    if args.upstream:
-        if os.path.exists(os.path.join(args.upstream, "student.pt")):  # the folder of a run
-            args.upstream = os.path.join(args.upstream, "student.pt")
-        folder, name = os.path.split(os.path.normpath(args.upstream))
-        if name != "student.pt":
-            folder = os.path.join("runs", os.path.splitext(name)[0])
-        args.out = args.out or os.path.join(folder, args.task)
-        evaluate(args)
+    if not args.upstream:
+        speech.compare(evaluate, args)
         return
-    start = f"{speech.RUN}/before-distillation"
-    if not os.path.exists(f"{start}/student.pt"):
-        train = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-        flags = ["--demo", "--steps", "0", "--out", start]
-        subprocess.run([sys.executable, train, *flags], check=True)
-    rows = {"first teacher": speech.TEACHERS[0], "student": speech.STUDENT}
-    rows |= {"before distillation": f"{start}/student.pt", "filter banks": "fbank"}
-    lines = []
-    for name, upstream in rows.items():
-        print(f"\n{name}", flush=True)
-        out = os.path.join(args.out or speech.RUN, name.replace(" ", "-"), args.task)
-        row = argparse.Namespace(**vars(args) | {"upstream": upstream, "out": out})
-        result = evaluate(row)
-        low, high = result["interval"]
-        score = result[result["metric"].lower()]
-        lines.append(f"  {name:20}{score:7.1%}   {low:.1%} to {high:.1%}")
-    print(f"\n{result['metric']} on held-out speech, 95% intervals", *lines, sep="\n", flush=True)
+    if os.path.exists(os.path.join(args.upstream, "student.pt")):  # the folder of a run
+        args.upstream = os.path.join(args.upstream, "student.pt")
+    folder, name = os.path.split(os.path.normpath(args.upstream))
+    if name != "student.pt":
+        folder = os.path.join("runs", os.path.splitext(name)[0])
+    args.out = args.out or os.path.join(folder, args.task)
+    evaluate(args)
 
 
 # ------------------------------------------------------------------ upstream and probe
 
 
 class FilterBanks(nn.Module):
-    """SUPERB's baseline: 80 log Mel filter banks, deltas and delta-deltas, every 10 ms.
+    """SUPERB's baseline: 80 log Mel filter banks, deltas and delta-deltas, normalized, every 10 ms.
 
-    Each dimension has zero mean and unit variance over the utterance.
     Source: s3prl's upstream/baseline/fbank.yaml and extracter.py.
     """
 
@@ -145,20 +130,16 @@ class Upstream:
     """
 
     def __init__(self, args):
-        path = args.upstream
         self.device = runs.find_device()
         self.precision = runs.precision(args.precision, self.device)
-        self.memory = {}  # path of an audio file: its hidden states
+        self.memory = {}  # per Split.memory_key, hidden states
+        path, last = args.upstream, 0
         if path == "fbank":
-            self.encoder = FilterBanks()
-            self.precision = "fp32"
-            self.digest = key("fbank")
-            self.dim = 240
-            last = 0
+            self.encoder, self.precision = FilterBanks(), "fp32"
+            self.digest, self.dim = key(path), 240
         else:
             self.encoder = load_encoder(path, self.device)
-            self.digest = digest(self.encoder)
-            self.dim = self.encoder.config.dim
+            self.digest, self.dim = digest(self.encoder), self.encoder.config.dim
             last = self.encoder.config.layers
         layers = {"all": list(range(last + 1)), "last": [last]}
         self.layers = layers.get(str(args.states), args.states)
@@ -167,13 +148,14 @@ class Upstream:
 
     @torch.no_grad()
     def __call__(self, waveform):
-        """Hidden states of one utterance, (states, frames, dim), in bfloat16 as they are cached.
-
-        waveform: (samples,) at 16 kHz.
-        """
+        """Hidden states of a waveform, (states, frames, dim), in bfloat16 as they are cached."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             found = self.encoder(waveform[None].to(self.device), layers=self.layers)
         return torch.cat(found).bfloat16()
+
+    def read(self, split, i):
+        """Hidden states of utterance i of a Split, on the CPU."""
+        return self(split.read(i)).cpu()
 
 
 def load_encoder(path, device):
@@ -185,10 +167,7 @@ def load_encoder(path, device):
 
 
 class Probe(nn.Module):
-    """All that is trained: one weight per hidden state, and the head of a task.
-
-    Source: the featurizer of SUPERB, arXiv:2105.01051, section 3.
-    """
+    """All that is trained: one weight per hidden state, and the head of a task."""
 
     def __init__(self, states, head):
         super().__init__()
@@ -204,34 +183,45 @@ class Probe(nn.Module):
 
 
 class Split(torch.utils.data.Dataset):
-    """Labelled utterances, read in batches by a loader's workers.
+    """Labelled utterances of a data.Corpus, read in batches by a loader's workers.
 
-    indices: of utterances of a data.Corpus; ids, labels: for each of these.
-    skipped: {id: reason} of the utterances that are not used.
+    ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
     Raises ValueError if an utterance is too long.
     """
 
-    def __init__(self, name, corpus, indices, ids, labels, skipped):
-        self.name, self.ids, self.labels, self.skipped = name, ids, labels, skipped
-        self.cache = None
-        paths = [corpus.paths[i] for i in indices]
-        starts, samples = corpus.starts[indices], corpus.samples[indices]
-        self.corpus = data.Corpus(corpus.root, paths, starts, samples)
-        longest = int(samples.argmax())
-        seconds = samples[longest] / data.SAMPLE_RATE
+    noise = noise_key = cache = None
+
+    def __init__(self, name, corpus, ids, labels, skipped):
+        self.name, self.corpus, self.skipped = name, corpus, skipped
+        self.ids, self.labels = ids, labels
+        longest = int(corpus.samples.argmax())
+        seconds = corpus.samples[longest] / data.SAMPLE_RATE
         if seconds > MAX_SECONDS:
             limit = f"{seconds:.0f} s, evaluations take up to {MAX_SECONDS} s; split it"
             raise ValueError(f"{self.path(longest)}: {limit}")
 
+    def add_noise(self, folder, snr):
+        """Mixes noise into utterances, the same at every reading. Raises ValueError, OSError."""
+        if len(snr) > 2 or not -100 <= snr[0] <= snr[-1] <= 100:
+            raise ValueError(f"--snr {snr}: give one ratio from -100 to 100, or low,high")
+        self.noise = data.Noise(folder, [snr[0], snr[-1]])
+        files = Cache("", self.noise.corpus)  # names them by content
+        contents = [files.path(i) for i in range(len(files.corpus))]
+        self.noise_key = key(contents, self.noise.snr, self.corpus.paths)
+
     def path(self, i):
         return os.path.join(self.corpus.root, self.corpus.paths[i])
+
+    def memory_key(self, i):
+        return self.path(i), self.noise_key
 
     def read(self, i):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
         try:
-            return self.corpus.read(i)
-        except (soundfile.SoundFileError, OSError, ValueError) as error:
+            waveform = self.corpus.read(i)
+        except data.UNREADABLE as error:
             raise ValueError(f"{self.path(i)}: {error}; restore it, or remove its label") from None
+        return self.noise.mix(waveform, i) if self.noise else waveform
 
     def load(self, i):
         """Cached states of utterance i, (states, frames, dim), else the waveform, (samples,)."""
@@ -247,19 +237,19 @@ class Split(torch.utils.data.Dataset):
 def compute_states(args, upstream, splits, stop):
     """Computes all hidden states: for --cache, or for memory if they take less than half of it."""
     frame_bytes = 2 * len(upstream.layers) * upstream.dim
-    missing = []
-    needed = 0
+    missing, needed = [], 0
     for split in splits:
         sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
         if args.cache:
-            root = os.path.realpath(split.corpus.root)
-            name = key(upstream.digest, upstream.precision, upstream.layers, root)
+            place = [os.path.realpath(split.corpus.root), split.noise_key]
+            name = key(upstream.digest, upstream.precision, upstream.layers, *place)
             split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
-            compute = lambda i, split=split: upstream(split.read(i)).cpu()  # noqa: E731
-            split.cache.fill(compute, sizes.__getitem__, f"states of {split.name}", stop)
+            compute = functools.partial(upstream.read, split)
+            split.cache.fill(compute, sizes, f"states of {split.name}", stop)
             data.check_shared_memory(args.batch_size * max(sizes), args.workers)
+            continue
         for i, size in enumerate(sizes):
-            if split.path(i) not in upstream.memory:
+            if split.memory_key(i) not in upstream.memory:
                 missing.append((split, i))
                 needed += size
     if args.cache:
@@ -270,7 +260,7 @@ def compute_states(args, upstream, splits, stop):
     for split, i in missing if fits else []:
         if stop.number:
             raise SystemExit(128 + stop.number)
-        upstream.memory[split.path(i)] = upstream(split.read(i)).cpu()
+        upstream.memory[split.memory_key(i)] = upstream.read(split, i)
 
 
 def free_memory():
@@ -290,11 +280,10 @@ def load_states(upstream, split, plan, workers, stop):
 
     plan: per batch, the indices of its utterances.
     """
-    if split.path(0) in upstream.memory:
-        batches = ([upstream.memory[split.path(i)] for i in indices] for indices in plan)
+    if split.memory_key(0) in upstream.memory:
+        batches = ([upstream.memory[split.memory_key(i)] for i in indices] for indices in plan)
     else:
-        pin_memory = upstream.device.type == "cuda"
-        batches = data.load_batches(split, plan, workers, pin_memory, stop)
+        batches = data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop)
     for items in batches:
         items = [upstream(item) if item.dim() == 1 else item for item in items]
         frames = torch.tensor([item.shape[1] for item in items])
@@ -314,15 +303,18 @@ def evaluate(args, task, upstream, train, dev, test):
     All rates are trained on the same batches; each gives bit for bit what it gives alone.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
-    splits = (train, dev, test)
     args.precision = upstream.precision  # to be compared on resume
-    identity = {f"--{name}": value for name, value in vars(args).items() if name not in MAY_CHANGE}
+    names = [name for name in vars(args) if name not in MAY_CHANGE]
+    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
-    for split in splits:
-        labels = [label.tolist() for label in split.labels]
-        identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
     probes, optimizers = [], []
     with runs.one_line_errors():
+        if args.noise:
+            test.add_noise(args.noise, args.snr)
+        identity["noise"] = test.noise_key
+        for split in (train, dev, test):
+            labels = [label.tolist() for label in split.labels]
+            identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
         batches = data.TrainBatches(train.corpus, args.batch_size, args.seed)
         runs.lock(args.out)
         finished = os.path.join(args.out, "result.json")
@@ -332,28 +324,25 @@ def evaluate(args, task, upstream, train, dev, test):
             runs.check_same(args.out, result.get("identity", {}), identity)
             print_result(args, result)
             return result
-        run = runs.load_latest(args.out, CHECKPOINT)
-        if run:
-            runs.check_same(args.out, run["identity"], identity)
-        else:
-            run = {"step": 0, "identity": identity, "best": None, "seconds": 0.0}
-            run["curves"] = {f"{lr:g}": [] for lr in args.lr}
-        for i, lr in enumerate(args.lr):
+        run = {"identity": identity, "step": 0, "seconds": 0.0, "probes": [], "optimizers": []}
+        run |= {"best": None, "curves": {f"{lr:g}": [] for lr in args.lr}}
+        run = runs.load_latest(args.out, run.keys()) or run
+        runs.check_same(args.out, run["identity"], identity)
+        for lr in args.lr:
             torch.manual_seed(args.seed)  # the same initial weights at every rate
-            probes.append(Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device))
-            optimizers.append(torch.optim.Adam(probes[i].parameters(), lr=lr, fused=True))
-            if run["step"]:
-                probes[i].load_state_dict(run["probes"][i])
-                optimizers[i].load_state_dict(run["optimizers"][i])
-    started = time.monotonic() - run["seconds"]
-    stop = runs.StopSignal()
-    for split in splits:
-        sizes = f"{len(split.ids):,} utterances, {split.corpus.hours():.2f} hours"
-        print(f"{split.name}: {sizes}, {len(split.skipped)} skipped")
-        data.warn_skipped(split.skipped)
-    print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}", flush=True)
-    with runs.one_line_errors():
-        compute_states(args, upstream, splits, stop)
+            probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
+            probes.append(probe)
+            optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
+        for module, state in zip(probes + optimizers, run["probes"] + run["optimizers"]):
+            module.load_state_dict(state)
+        started = time.monotonic() - run["seconds"]
+        stop = runs.StopSignal()
+        for split in (train, dev, test):
+            sizes = f"{len(split.ids):,} utterances, {split.corpus.hours():.2f} hours"
+            print(f"{split.name}: {sizes}, {len(split.skipped)} skipped")
+            data.warn_skipped(split.skipped)
+        print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
+        compute_states(args, upstream, (train, dev, test), stop)
 
     # ------------------------------ training
     print(f"{args.out}: from step {run['step']} of {args.steps}", flush=True)
@@ -361,6 +350,7 @@ def evaluate(args, task, upstream, train, dev, test):
     plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[run["step"] : args.steps]
     loader = load_states(upstream, train, plan, args.workers, stop)
     losses, since = [], time.monotonic()
+    sign = 1 if task.higher_is_better else -1
     for step, indices, (states, frames) in zip(range(run["step"], args.steps), plan, loader):
         labels = [train.labels[i] for i in indices]
         runs.seed(args.seed, step)  # depends on these only: no RNG state to resume
@@ -370,8 +360,8 @@ def evaluate(args, task, upstream, train, dev, test):
             runs.seed(args.seed, step, 1)  # the same dropout at every rate
             loss = task.loss(probe(states, frames), frames, labels)
             loss.backward()
-            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
             losses.append(loss.item())
+            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
             if math.isfinite(norms[-1]):  # a diverged rate is not updated
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -388,8 +378,13 @@ def evaluate(args, task, upstream, train, dev, test):
             print(f"step {step}/{args.steps}  loss {means.round(4)}  {left}", flush=True)
             losses, since = [], time.monotonic()
         if last or step % args.eval_every == 0:
-            predictions = predict(probes, task, upstream, dev, args, stop)
-            record_scores(args, task, run, probes, dev, predictions)
+            scored = score(args, task, upstream, probes, dev, stop)
+            for lr, probe, (value, *_) in zip(args.lr, probes, scored):
+                run["curves"][f"{lr:g}"].append([step, value])
+                print(f"step {step}: {task.metric} {value:.2%} on {dev.name}, --lr {lr:g}")
+                if not run["best"] or sign * value > sign * run["best"]["score"]:
+                    weights = {name: w.cpu().clone() for name, w in probe.state_dict().items()}
+                    run["best"] = {"score": value, "step": step, "lr": lr, "probe": weights}
         if last or step % args.eval_every == 0 or stop.number:
             run["seconds"] = time.monotonic() - started
             run["probes"] = [probe.state_dict() for probe in probes]
@@ -402,25 +397,17 @@ def evaluate(args, task, upstream, train, dev, test):
     # ------------------------------ result
     best, probe = run["best"], probes[0]
     probe.load_state_dict(best["probe"])
-    (predictions,) = predict([probe], task, upstream, test, args, stop)
-    references = [task.text(label.tolist()) for label in test.labels]
-    hypotheses = [task.text(prediction) for prediction in predictions]
-    errors, totals = task.count(references, hypotheses)
-    result = {"task": task.name, "metric": task.metric}
-    result[task.metric.lower()] = float(errors.sum() / totals.sum())
-    result |= {"interval": bootstrap((errors, totals)), "best_step": best["step"], "lr": best["lr"]}
-    result |= {"curve": run["curves"][f"{best['lr']:g}"], "curves": run["curves"]}
-    result |= {"layer_weights": probe.weights.softmax(0).tolist(), "identity": identity}
-    about = {"path": args.upstream, "states": len(upstream.layers), "layers": upstream.layers}
-    about |= {"dim": upstream.dim, "digest": upstream.digest, "precision": upstream.precision}
-    about["parameters"] = sum(weight.numel() for weight in upstream.encoder.parameters())
-    result |= {"upstream": about | {"device": upstream.device.type}, "counts": {}}
-    for split in splits:
-        seconds = round(split.corpus.hours() * 3600, 2)
-        counts = {"utterances": len(split.ids), "seconds": seconds, "skipped": len(split.skipped)}
-        result["counts"][split.name] = counts
-    result |= {"settings": vars(args), "seconds": round(time.monotonic() - started, 2)}
-    result["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
+    (scored,) = score(args, task, upstream, [probe], test, stop)
+    value, counts, references, hypotheses = scored
+    result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
+    result["interval"] = bootstrap(counts)
+    result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
+    result["layer_weights"] = probe.weights.softmax(0).tolist()
+    result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
+    result["noise"] = {"folder": args.noise, "snr": args.snr} if args.noise else None
+    result["skipped"] = {split.name: len(split.skipped) for split in (train, dev, test)}
+    result["seconds"] = round(time.monotonic() - started, 2)
+    result |= {"settings": vars(args), "identity": identity, "torch": torch.__version__}
     if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
         runs.warn(f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it")
     for name, texts in (("ref", references), ("hyp", hypotheses)):
@@ -434,35 +421,26 @@ def evaluate(args, task, upstream, train, dev, test):
 
 
 @torch.no_grad()
-def predict(probes, task, upstream, split, args, stop):
-    """Per probe, a list of one prediction per utterance of a split."""
+def score(args, task, upstream, probes, split, stop):
+    """Per probe, (score, (errors, totals) per utterance, references, hypotheses)."""
     order = np.argsort(-split.corpus.samples, kind="stable")
     plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
-    predictions = [[None] * len(order) for _ in probes]
+    references = [task.text(label.tolist()) for label in split.labels]
+    hypotheses = [[None] * len(order) for _ in probes]
     loader = load_states(upstream, split, plan, args.workers, stop)
     for indices, (states, frames) in zip(plan, loader):
         if stop.number:
             raise SystemExit(128 + stop.number)
         states = task.pool(states, frames, training=False)
-        for probe, found in zip(probes, predictions):
+        for probe, texts in zip(probes, hypotheses):
             for i, prediction in zip(indices, task.predict(probe.eval()(states, frames), frames)):
-                found[i] = prediction
+                texts[i] = task.text(prediction)
             probe.train()
-    return predictions
-
-
-def record_scores(args, task, run, probes, dev, predictions):
-    """Adds the scores of a step to run["curves"], and the best probe so far to run["best"]."""
-    references = [task.text(label.tolist()) for label in dev.labels]
-    for lr, probe, found in zip(args.lr, probes, predictions):
-        errors, totals = task.count(references, [task.text(prediction) for prediction in found])
-        score = float(errors.sum() / totals.sum())
-        run["curves"][f"{lr:g}"].append([run["step"], score])
-        print(f"step {run['step']}: {task.metric} {score:.2%} on {dev.name}, --lr {lr:g}")
-        sign = 1 if task.higher_is_better else -1
-        if not run["best"] or sign * score > sign * run["best"]["score"]:
-            weights = {name: weight.cpu().clone() for name, weight in probe.state_dict().items()}
-            run["best"] = {"score": score, "step": run["step"], "lr": lr, "probe": weights}
+    scored = []
+    for texts in hypotheses:
+        errors, totals = task.count(references, texts)
+        scored.append((float(errors.sum() / totals.sum()), (errors, totals), references, texts))
+    return scored
 
 
 def bootstrap(*sets, resamples=10_000, seed=0):
@@ -481,11 +459,11 @@ def bootstrap(*sets, resamples=10_000, seed=0):
 
 def print_result(args, result):
     """Prints the score with its interval, and the learned weights of the hidden states."""
-    metric = result["metric"]
-    low, high = result["interval"]
+    metric, (low, high) = result["metric"], result["interval"]
+    if result["noise"]:
+        print("test split mixed with noise of {folder}, {snr} dB".format(**result["noise"]))
     print(f"{metric} {result[metric.lower()]:.2%}, 95% interval {low:.2%} to {high:.2%}")
-    weights = zip(result["upstream"]["layers"], result["layer_weights"])
-    print(
-        "weights of the states:", ", ".join(f"{layer}: {weight:.2f}" for layer, weight in weights)
-    )
+    pairs = zip(result["upstream"]["layers"], result["layer_weights"])
+    weights = ", ".join(f"{layer}: {weight:.2f}" for layer, weight in pairs)
+    print(f"weights of the states: {weights}")
     print(f"{args.out}: result.json, test.hyp, test.ref", flush=True)

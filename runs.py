@@ -23,12 +23,15 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from filelock import FileLock, Timeout  # noqa: E402
 
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+    sys.exit(f"torch {torch.__version__} is too old: install torch and torchaudio 2.6 or later")
+
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
-locks = {}  # per folder, its FileLock: without a reference it would be released
+locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
 def run(program):
@@ -110,13 +113,13 @@ def cores():
 
 
 def precision(requested, device):
-    """ "bf16" or "fp32"; "auto" is bf16 if the device computes in it instead of emulating it."""
+    """ "bf16" or "fp32"; "auto" is bf16 if the device supports it natively."""
     if requested != "auto":
         return requested
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        supported = torch.cpu.get_capabilities()
+        supported = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
         native = any(map(supported.get, ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")))
     return "bf16" if native else "fp32"
 
@@ -141,7 +144,7 @@ def gather(value):
 
 
 class StopSignal:
-    """Records SIGTERM and Ctrl-C, so that the current step can be finished and saved."""
+    """Records SIGTERM and Ctrl-C, so that the current step is finished and saved."""
 
     def __init__(self):
         self.number = 0
@@ -154,7 +157,7 @@ class StopSignal:
         self.number = number
 
     def received(self):
-        """The signal's number if any rank received one, else 0: all ranks stop after one step."""
+        """The signal's number if any rank received one, else 0; for all ranks the same."""
         number = torch.tensor(self.number)
         if WORLD_SIZE > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -197,7 +200,7 @@ def one_line_errors():
     try:
         yield
     except (OSError, ValueError) as error:
-        message = " ".join(str(error).split())
+        message = " ".join(str(error).split()) or type(error).__name__
     message = next(filter(None, gather(message)), None)
     if message:
         if RANK == 0:
@@ -227,10 +230,11 @@ def atomic(path, keep_previous=False):
             os.replace(path, f"{path}.old")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        with contextlib.suppress(OSError):
-            os.remove(partial)
         reason = error.__context__ or error
         raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
 
 
 def save(path, content, keep_previous=False):
@@ -256,7 +260,7 @@ def load(path, mmap=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the formats of old files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):
         raise
     except Exception as error:  # a damaged file can raise nearly anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
@@ -275,7 +279,7 @@ def lock(folder):
     except NotImplementedError:  # a file system without locks
         pass
     except Timeout:
-        remedy = "wait for its end, or choose another --out"
+        remedy = "wait until it ends, or choose another --out"
         raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
     for name in os.listdir(folder):
         if name.endswith(".partial"):  # of a process that was killed
@@ -283,9 +287,9 @@ def lock(folder):
 
 
 def load_latest(folder, keys):
-    """The newest undamaged checkpoint of a run, a dict with all `keys`, or None if it has none.
+    """The newest undamaged checkpoint of a run, a dict with all `keys`, or None without any.
 
-    A damaged last.pt is named in a warning. Raises ValueError if all are damaged.
+    A damaged last.pt is named in a warning. Raises ValueError if none is undamaged.
     """
     newest = os.path.join(folder, "last.pt")
     paths = [path for path in (newest, f"{newest}.old") if os.path.exists(path)]
@@ -295,10 +299,9 @@ def load_latest(folder, keys):
             missing = [key for key in keys if key not in checkpoint]
             if not missing:
                 return checkpoint
-            message = f"{path}: not a checkpoint of this program, it has no {missing[0]}"
+            warn(f"{path}: not a checkpoint of this program, it has no {missing[0]}")
         except (ValueError, TypeError) as error:
-            message = error
-        warn(message)
+            warn(error)
     if paths:
         remedy = "move last.pt* away to start again, or choose another --out"
         raise ValueError(f"{folder}: no undamaged checkpoint; {remedy}")

@@ -45,8 +45,8 @@ class Student(nn.Module):
 def student_config(teacher, layers=2, dropout=0.1, dim=None):
     """The EncoderConfig of a teacher with fewer layers and without relative positions.
 
-    dim: the width, by default the teacher's. Another one has feed-forward layers of 4 dim, and
-        the fewest attention heads that divide it into at most 64 dims each.
+    dim: the width, by default the teacher's. With another width the feed-forward dim is 4 * dim,
+        and attention has the fewest heads of at most 64 dims each.
     The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT.
     """
     sizes = {"layers": layers, "dropout": dropout, "relative_buckets": 0}
@@ -61,19 +61,20 @@ def student_config(teacher, layers=2, dropout=0.1, dim=None):
 def initialise(student, teacher):
     """Copies a teacher's convolutions, projection, position embedding and first layers.
 
-    If the widths differ, the convolutions alone. Raises ValueError for a too shallow teacher.
+    If the widths differ, the convolutions alone. Raises ValueError if the teacher has fewer layers.
     """
     encoder = student.encoder
     if encoder.config.dim != teacher.config.dim:
         encoder.feature_extractor.load_state_dict(teacher.feature_extractor.state_dict())
         return
-    if encoder.config.layers > teacher.config.layers:
-        depths = f"{encoder.config.layers} layers, the first teacher {teacher.config.layers}"
-        raise ValueError(f"the student has {depths}; it needs random initial weights")
+    layers, available = encoder.config.layers, teacher.config.layers
+    if layers > available:
+        cause = f"a student of {layers} layers, a teacher of {available}"
+        raise ValueError(f"{cause}; it needs random initial weights")
     weights = teacher.state_dict()
     if not encoder.config.pos_depth:
         conv = encoder.positional_embedding.conv
-        with torch.no_grad():  # a clone, since weight_norm keeps the storage it is given
+        with torch.no_grad():  # a clone: weight_norm shares the storage of what it is given
             conv.weight = weights["positional_embedding.conv.weight"].clone().to(conv.bias)
     names = encoder.state_dict().keys() & weights.keys()
     encoder.load_state_dict({name: weights[name] for name in names}, strict=False)

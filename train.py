@@ -42,7 +42,7 @@ def parse(arguments=None):
         help="names or paths of checkpoints; the first sets the student's architecture")
     add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg",
         help="layerwise average or concatenation, or one head per teacher and layer")
-    add("--heads", type=layers, default="4,8,12",
+    add("--heads", type=parse_layers, default="4,8,12",
         help="teachers' layers to predict, from 1; per teacher: 4,8,12/4,8,12/8,16,24")
     add("--student-layers", type=runs.count, default=2, help="Transformer layers of the student")
     add("--student-dim", type=runs.count, help="width of the student; the teacher's if not given")
@@ -60,19 +60,19 @@ def parse(arguments=None):
     add("--weight-decay", type=float, default=0.01, help="weight decay of AdamW")
     add("--warmup", type=float, default=0.07, help="fraction of the steps for linear warmup")
     add("--clip", type=float, default=5.0, help="maximum gradient norm")
-    add("--noise", metavar="DIR", help="mix noise of the files there into the student's input")
+    add("--noise", metavar="DIR", help="folder of noise files to mix into the student's input")
     add("--noise-probability", type=float, default=0.5, help="share of the waveforms with noise")
-    add("--snr", type=snr, default="0,20", help="signal-to-noise ratios of the noise in dB")
+    add("--snr", type=parse_snr, default="0,20", help="signal-to-noise ratios of the noise in dB")
     add("--cosine-weight", type=float, default=1.0, help="weight of the cosine loss beside L1")
     add("--max-seconds", type=float, default=15.625,
-        help="longer files are used in equal pieces of at most this")
-    add("--cache", metavar="DIR", help="cache the targets there, so that teachers run only once")
+        help="longer files are split into equal pieces of at most this")
+    add("--cache", metavar="DIR", help="folder of cached targets; the teachers run only once")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="mixed precision; auto is bf16 if the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
     add("--workers", type=int, default=min(4, max(1, runs.cores() // runs.LOCAL_WORLD_SIZE)),
         help="data-loading workers per process")
-    add("--seed", type=int, default=0, help="of initial weights, order of the data, and dropout")
+    add("--seed", type=int, default=0, help="seed of initial weights, data order and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of metrics")
     add("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
     add("--tensorboard", action="store_true", help="log to TensorBoard, a package of its own")
@@ -89,27 +89,29 @@ def parse(arguments=None):
     if args.batch_size % (WORLD_SIZE * args.accumulate):
         divisor = f"{WORLD_SIZE} processes x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {divisor}")
+    if not 0 <= args.warmup <= 1:
+        raise ValueError(f"--warmup {args.warmup} is not between 0 and 1")
     return args
 
 
-def layers(text):
+def parse_layers(text):
     """[4, 8, 12] from "4,8,12"; from "4,8,12/8,16,24" one such list per teacher."""
     lists = [[int(layer) for layer in part.split(",")] for part in text.split("/")]
     for found in lists:
-        if min(found) < 1 or len(set(found)) != len(lists[0]):
+        if min(found) < 1 or not len(set(found)) == len(found) == len(lists[0]):
             message = f"{text}: layers count from 1, each once, equally many per teacher"
             raise argparse.ArgumentTypeError(message)
     return lists if len(lists) > 1 else lists[0]
 
 
-def snr(text):
+def parse_snr(text):
     """[0.0, 20.0] from "0,20"; [5.0, 5.0] from "5"."""
-    ratios = [float(ratio) for ratio in text.split(",")]
-    return [ratios[0], ratios[-1]]
+    lowest, _, highest = text.partition(",")
+    return [float(lowest), float(highest or lowest)]
 
 
 def learning_rate(step, args):
-    """Linear warmup, then linear decay to 0. Steps count from 1."""
+    """Linear warmup, then linear decay to 0 after the last step. Steps count from 1."""
     warmup = max(1, round(args.warmup * args.steps))
     return args.lr * min(step / warmup, (args.steps + 1 - step) / (args.steps + 1 - warmup))
 
@@ -122,25 +124,26 @@ def main(arguments=None):
         args = parse(arguments)
         device = runs.find_device(cpu_ok=args.demo)
         args.precision = runs.precision(args.precision, device)
-        names = [name for name in vars(args) if name not in MAY_CHANGE]
-        settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+        compared = [name for name in vars(args) if name not in MAY_CHANGE]
+        settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in compared}
+        settings["--cache"] = bool(args.cache)  # cached targets are of whole utterances
+        if RANK == 0:
+            runs.lock(args.out)
         checkpoint = runs.load_latest(args.out, CHECKPOINT)
         manifest = os.path.join(args.out, "manifest.tsv")
         start = 0
         if checkpoint:
             runs.check_same(args.out, checkpoint["settings"], settings)
             start = checkpoint["step"]
-        if RANK == 0:
-            runs.lock(args.out)
-        if RANK == 0 and not checkpoint:
+        elif RANK == 0:
             if args.demo:
                 from demo import speech
 
                 speech.prepare()
             corpus = data.find_corpus(args.data, args.splits, args.max_seconds)
             data.write_manifest(manifest, corpus)
-    if len(set(runs.gather(start))) > 1:
-        raise SystemExit(f"{args.out}: processes found different checkpoints; it must be shared")
+    if len(set(runs.gather(start))) > 1:  # a barrier too: the manifest is complete
+        raise SystemExit(f"{args.out}: processes found different checkpoints; use a shared folder")
 
     # ------------------------------------------------------------------ teachers and student
     with runs.one_line_errors():
@@ -149,8 +152,8 @@ def main(arguments=None):
         teachers = [load_teacher(path, device) for path in args.teachers]
         check_frames(teachers, names)
         layers_of = layers_per_teacher(args.heads, teachers, names)
-        dims = [teacher.config.dim for teacher in teachers]
-        heads = aggregate.heads(args.agg, layers_of, list(zip(names, dims)))
+        widths = [(name, teacher.config.dim) for name, teacher in zip(names, teachers)]
+        heads = aggregate.heads(args.agg, layers_of, widths)
         dims = [dim for _, dim in heads]
         digests = dict(zip(names, map(digest, teachers)))
         torch.manual_seed(args.seed)
@@ -163,7 +166,7 @@ def main(arguments=None):
             runs.check_same(args.out, checkpoint["teachers"], digests)
             student.load_state_dict(checkpoint["student"])
         share = args.batch_size // WORLD_SIZE  # utterances per process
-        per_sample = 1 + bool(args.noise) + bool(args.cache) * sum(dims) / 320  # numbers
+        per_sample = 1 + bool(args.noise) + bool(args.cache) * sum(dims) / 320  # float32 values
         longest = int(corpus.samples.max())
         data.check_shared_memory(4 * per_sample * longest * share, args.workers)
         noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
@@ -191,12 +194,12 @@ def main(arguments=None):
         return quantize(compute_targets(waveform[None].to(device))[0].cpu())
 
     if args.cache and start < args.steps:
-        frames = teachers[0].frames
+        frames = student.encoder.frames  # equal for all, as check_frames has found
         source = inspect.getsource(aggregate)  # edited code has a folder of its own
         name = key(list(digests.values()), layers_of, args.agg, args.precision, source)
         cache = Cache(os.path.join(args.cache, f"targets-{args.agg}-{name}"), corpus)
-        bytes_of = lambda i: sum(dims) * (frames(int(corpus.samples[i])) + 4)  # noqa: E731
-        cache.fill(compute_cached, bytes_of, "targets", stop)
+        sizes = [sum(dims) * (frames(samples) + 4) for samples in corpus.samples.tolist()]
+        cache.fill(compute_cached, sizes, "targets", stop)
         batches = CachedTargets(cache, frames, *batching)
         teachers = []  # frees their memory
 
@@ -216,8 +219,8 @@ def main(arguments=None):
         devices = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
     if args.compile:  # one graph per network for all lengths
-        torch._dynamo.config.recompile_limit = 8 * (len(teachers) + 1)
-        torch._dynamo.config.specialize_int = True  # numbers of layers do not vary
+        torch._dynamo.config.recompile_limit = 8 * (len(teachers) + 1)  # networks share code
+        torch._dynamo.config.specialize_int = True  # layer numbers are constants
         for network in [*teachers, student]:
             network.compile(dynamic=True)
     if RANK == 0:
@@ -231,12 +234,12 @@ def main(arguments=None):
 
     # ------------------------------------------------------------------ training
     micro = share // args.accumulate  # utterances per forward pass
-    skipped, losses, samples = {}, [], 0
+    skipped, terms, samples = {}, [], 0
     steps = range(start, args.steps)
     loader = data.load_batches(batches, steps, args.workers, device.type == "cuda", stop)
     for step, batch in enumerate(loader, start=start + 1):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        runs.seed(args.seed, step, RANK)  # dropout depends on these only: no RNG state to save
+        runs.seed(args.seed, step, RANK)  # dropout depends on these only: no RNG state to resume
         for first in range(0, share, micro):
             waveforms = batch["waveforms"][first : first + micro].to(device, non_blocking=True)
             if args.cache:
@@ -253,7 +256,7 @@ def main(arguments=None):
                 predictions, targets, cosine_weight=args.cosine_weight
             )
             (loss / args.accumulate).backward()
-            losses.append(torch.stack([l1, cosine]))
+            terms.append(torch.stack([l1, cosine]))
             samples += waveforms.numel() * WORLD_SIZE
         # DDP has averaged the gradients, so their norm is finite on all processes or on none.
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
@@ -262,18 +265,20 @@ def main(arguments=None):
             message = f"step {step}: gradient not finite, student not updated; batch: {files}"
             raise SystemExit(message if RANK == 0 else 1)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         data.warn_skipped({p: why for p, why in batch["skipped"].items() if p not in skipped})
         skipped |= batch["skipped"]
-        data.check_skipped(skipped, corpus.files)  # over 1% is an error
         stopping = stop.received()  # on any process: all stop after the same step
         last = step == args.steps or stopping > 0
         if last or step % args.log_every == 0 or step == start + 1:
-            means = torch.stack(runs.gather(torch.stack(losses).mean(0).cpu())).mean(0)
+            for found in runs.gather(skipped):
+                skipped |= found
+            data.check_skipped(skipped, len(corpus.counts))  # over 1% is an error on all ranks
+            means = torch.stack(runs.gather(torch.stack(terms).mean(0).cpu())).mean(0)
             if RANK == 0:
                 log.write(step, means, lr, float(norm), samples / data.SAMPLE_RATE)
-            losses, samples = [], 0
+            terms, samples = [], 0
         if RANK == 0 and (last or step % args.save_every == 0):
             save(args, step, student, optimizer, settings, digests)
         if stopping:
@@ -284,7 +289,7 @@ def main(arguments=None):
             save(args, start, student, optimizer, settings, digests)
         print(f"{args.out}/student.pt: the student", flush=True)
         if args.demo:
-            upstream = "" if args.agg == "avg" else f" --upstream {args.out}/student.pt"
+            upstream = "" if args.out == "runs/demo-avg" else f" --upstream {args.out}/student.pt"
             print(f"python evaluate_pr.py --demo{upstream}: its phone error rate")
 
 
@@ -306,7 +311,7 @@ class Log:
             self.board = SummaryWriter(args.out, purge_step=start + 1)
 
     def write(self, step, means, lr, norm, audio):
-        """means: (2, heads), L1 and cosine; audio: seconds; both since the line before."""
+        """means: (2, heads), L1 and cosine; audio: seconds; both since the last line."""
         l1, cosine = means.mean(dim=1).tolist()
         loss = l1 + self.args.cosine_weight * cosine
         seconds = time.monotonic() - self.time
@@ -316,7 +321,7 @@ class Log:
         speed = f"{audio / seconds:.3g} s of audio/s  {left:.0f} min left"
         print(f"step {step}/{self.args.steps}  {terms}  {speed}", flush=True)
         row = {"step": step, "loss": loss, "l1": l1, "cosine": cosine, "lr": lr, "norm": norm}
-        row |= {"seconds": seconds}
+        row["seconds"] = seconds
         for head, (head_l1, head_cosine) in zip(self.heads, means.t().tolist()):
             row |= {f"l1/{head}": head_l1, f"cosine/{head}": head_cosine}
         with open(self.path, "a", encoding="utf-8") as file:
@@ -328,7 +333,7 @@ class Log:
 
 
 def save(args, step, student, optimizer, settings, digests):
-    """student.pt, the student alone, then last.pt, all that resuming needs."""
+    """Writes student.pt, the student alone, then last.pt, all that resuming needs."""
     about = {"teachers": list(digests), "agg": args.agg, "layers": args.heads, "step": step}
     about["data"] = os.path.basename(os.path.realpath(args.data))
     save_student(student, os.path.join(args.out, "student.pt"), **about)
@@ -338,7 +343,7 @@ def save(args, step, student, optimizer, settings, digests):
 
 
 def write_config(args, heads):
-    """OUT/config.json: settings, heads, versions, and the commit if the code is in a checkout."""
+    """Writes OUT/config.json: settings, heads, version, and the commit of a git checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
     git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -347,7 +352,7 @@ def write_config(args, heads):
         commit = ""
     config = {"settings": vars(args), "heads": [name for name, _ in heads]}
     config |= {"processes": WORLD_SIZE, "torch": torch.__version__}
-    config |= {"commit": commit or "not recorded"}
+    config["commit"] = commit or "not recorded"
     runs.write_text(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
 
 

@@ -131,11 +131,11 @@ def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, 
         return torch.full((2,), i)
 
     with pytest.raises(SystemExit) as end:
-        filled.fill(compute, lambda i: 8, "numbers", stop)
+        filled.fill(compute, [8] * len(small), "numbers", stop)
     assert end.value.code == 128 + 15 and computed == [0, 1, 2, 3]
     stop.number = 0
-    filled.fill(compute, lambda i: 8, "numbers", NoSignal())
-    filled.fill(compute, lambda i: 8, "numbers", NoSignal())
+    filled.fill(compute, [8] * len(small), "numbers", NoSignal())
+    filled.fill(compute, [8] * len(small), "numbers", NoSignal())
     assert computed == list(range(len(small)))
     assert [runs.load(filled.path(i))[0] for i in range(len(small))] == computed
 
@@ -160,7 +160,7 @@ def test_cached_targets_are_those_of_the_crop(small, tmp_path):
         starts = torch.arange(frames(len(waveform))) * 320
         return {"values": waveform[starts, None], "scale": torch.ones(1)}
 
-    filled.fill(compute, lambda i: 1, "targets", NoSignal())
+    filled.fill(compute, [1] * len(small), "targets", NoSignal())
     batches = cache.CachedTargets(filled, frames, 4)
     positions = set()
     for step in range(6):

@@ -48,7 +48,7 @@ def test_training_the_student_does_not_change_the_teacher():
 
 def test_a_student_deeper_than_the_teacher_cannot_start_from_it():
     teacher = random_encoder(layers=2)
-    with pytest.raises(ValueError, match="3 layers, the first teacher 2"):
+    with pytest.raises(ValueError, match="a student of 3 layers, a teacher of 2"):
         initialise(Student(student_config(teacher.config, layers=3), HEADS), teacher)
 
 

@@ -405,9 +405,9 @@ BAD_INPUT = [
     ({"agg": "mean"}, ["--agg", "mean"]),
     ({"batch_size": 9, "accumulate": 2}, ["--batch-size 9", "--accumulate 2"]),
     ({"batch_size": 64}, ["--batch-size 64", "utterances"]),
-    ({"student_layers": 5}, ["5 layers", "random initial weights"]),
+    ({"student_layers": 5}, ["of 5 layers", "random initial weights"]),
     ({"lr": "fast"}, ["--lr", "fast"]),
-    ({"max_seconds": 0.01}, ["--max-seconds", "0.025"]),
+    ({"max_seconds": 0.01}, ["--max-seconds", "0.05"]),
     ({"out": "{job}/strange"}, ["strange", "last.pt"]),
 ]
 
