@@ -64,7 +64,7 @@ class SpeechEncoder(nn.Module):
             self.relative_position = nn.Embedding(config.relative_buckets, config.heads)
 
     def frames(self, samples):
-        """Number of frames of `samples`, an int or integer tensor; 0 below 400 in Base.
+        """Number of frames of `samples`, an int or integer tensor; 0 if too short (Base: 400).
 
         A frame's receptive field lies within the utterance: convolutions have no padding.
         """
@@ -73,14 +73,14 @@ class SpeechEncoder(nn.Module):
         return samples.clamp(min=0) if torch.is_tensor(samples) else max(samples, 0)
 
     def forward(self, waveforms, lengths=None, layers=None):
-        """The requested hidden states; layers above the highest are not computed.
+        """The requested hidden states; layers above the highest of them are not computed.
 
         waveforms: (batch, samples) at 16 kHz, in -1..1.
         lengths: (batch,) samples per utterance, a tensor or a list, or None without padding.
-            The states of a padded utterance are those that it has alone, and 0 in the padding.
+            Hidden states equal those of the utterance alone, and are 0 in the padding.
         layers: numbers of hidden states, in any order, or None for all. State 0 is the input of
             layer 1. With pre_norm the last state includes the final LayerNorm.
-        Returns a list of (batch, frames, dim), in the precision of the weights or of autocast.
+        Returns a list of (batch, frames, dim).
         Raises ValueError for an unknown layer, wrong shapes, or an utterance below one frame.
         """
         config = self.config
@@ -100,7 +100,7 @@ class SpeechEncoder(nn.Module):
         x = self.feature_projection(x)
 
         frames = x.shape[1]
-        keys = (frames + 7) // 8 * 8  # attention kernels on a GPU need rows of a multiple of 8
+        keys = (frames + 7) // 8 * 8  # GPU kernels need rows of 8; SelfAttention slices them
         padding = mask = bias = None
         if lengths is not None:
             padding = padding_mask(self.frames(lengths), frames)[:, :, None]
@@ -128,6 +128,8 @@ class SpeechEncoder(nn.Module):
 
         Lengths on a GPU are not checked, which would force a sync.
         """
+        if waveforms.dim() != 2:
+            raise ValueError(f"waveforms of shape {tuple(waveforms.shape)}, not (batch, samples)")
         batch, samples = waveforms.shape
         if self.frames(samples) < 1:
             raise ValueError(f"waveforms of {samples} samples are too short for one frame")
@@ -142,8 +144,8 @@ class SpeechEncoder(nn.Module):
     def position_bias(self, frames, keys):
         """WavLM's relative position bias before its gate, (heads, frames, keys).
 
-        One value per head and bucket. Half of the buckets are for keys after the query. Short
-        distances have a bucket each; the others' buckets grow logarithmically.
+        One value per head and bucket; half of the buckets are for keys after the query. Each
+        distance below `exact` has a bucket; larger ones share buckets of logarithmic width.
         Source: arXiv:2110.13900; compute_bias in Microsoft's wavlm/modules.py.
         """
         device = self.relative_position.weight.device
@@ -153,8 +155,8 @@ class SpeechEncoder(nn.Module):
         distance = offset.abs()
         growth = torch.log(distance.clamp(min=1).float() / exact)
         growth = growth / math.log(self.config.relative_distance / exact)
-        shared = exact + (growth * (buckets - exact)).long()
-        bucket = torch.where(distance < exact, distance, shared.clamp(max=buckets - 1))
+        log_bucket = (exact + (growth * (buckets - exact)).long()).clamp(max=buckets - 1)
+        bucket = torch.where(distance < exact, distance, log_bucket)
         bias = self.relative_position(bucket + (offset > 0) * buckets).t()  # (heads, offsets)
         query = torch.arange(frames, device=device)[:, None]
         key = torch.arange(keys, device=device).clamp(max=frames - 1)
@@ -162,7 +164,7 @@ class SpeechEncoder(nn.Module):
 
 
 class FeatureExtractor(nn.Module):
-    """Convolutions: (batch, samples) to (batch, frames, channels), in Base 320 samples a frame."""
+    """Convolutions: (batch, samples) to (batch, frames, channels); Base: 320 samples per frame."""
 
     def __init__(self, config):
         super().__init__()
@@ -187,7 +189,7 @@ class FeatureExtractor(nn.Module):
             if isinstance(norm, nn.LayerNorm):
                 x = norm(x.transpose(1, 2)).transpose(1, 2)
             elif isinstance(norm, nn.GroupNorm) and lengths is None:
-                with torch.autocast(x.device.type, enabled=False):  # would upcast a large tensor
+                with torch.autocast(x.device.type, enabled=False):  # would copy x to float32
                     weight, bias = norm.weight.to(x.dtype), norm.bias.to(x.dtype)
                     x = F.group_norm(x, norm.num_groups, weight, bias, norm.eps)
             elif isinstance(norm, nn.GroupNorm):  # over each utterance without its padding
@@ -223,7 +225,7 @@ class PositionalEmbedding(nn.Module):
         """padding: (batch, frames, 1), True after the end of each utterance, or None."""
         frames = x.shape[1]
         for conv in self.convs if self.layer_norm else [self.conv]:
-            if padding is not None:  # zeros, as a convolution pads the end of the batch
+            if padding is not None:  # zeros, as after an utterance alone
                 x = x.masked_fill(padding, 0)
             x = conv(x.transpose(1, 2)).transpose(1, 2)
             x = x[:, :frames]  # an even kernel gives one frame more
@@ -282,7 +284,7 @@ class SelfAttention(nn.Module):
                 bias = self.gates(x).to(q.dtype) * bias
             mask = bias if mask is None else torch.where(mask, bias, -math.inf)
         if mask is not None:
-            mask = mask[..., :frames]
+            mask = mask[..., :frames]  # a view: its rows stay aligned
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
         return self.out(x.transpose(1, 2).reshape(batch, frames, dim))

@@ -6,7 +6,7 @@
 The same command resumes a run.
 """
 
-import runs  # isort: skip
+import runs
 
 import os
 import re
@@ -26,16 +26,10 @@ NUMBER = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?|[0-9]+\.")
 
 def parse(arguments=None):
     """Settings from the command line. Raises ValueError if they are invalid."""
-    parser = probe.parser(__doc__, "pr", splits=SPLITS)
-    parser.set_defaults(lr="1e-2")  # s3prl's libriphone.yaml
+    parser = probe.parser(__doc__, "pr", splits=SPLITS, lr="1e-2")  # s3prl's libriphone.yaml
     about = "files of lines WORD PHONE PHONE ...; the first line of a word counts"
     parser.add_argument("--lexicon", type=runs.names, default=LEXICON, help=about)
-    if parser.parse_known_args(arguments)[0].demo:
-        from demo import speech
-
-        parser.set_defaults(data=speech.DATA, lexicon=f"{speech.DATA}/lexicon.txt", lr="5e-3")
-        parser.set_defaults(steps=1200, batch_size=16, log_every=300, eval_every=300)
-    return parser.parse_args(arguments)
+    return probe.parse(parser, arguments)
 
 
 # ------------------------------------------------------------------ transcripts and phones
@@ -44,9 +38,8 @@ def parse(arguments=None):
 def read_lexicon(paths):
     """{WORD: [phone, ...]}, the first pronunciation of each word, in capitals.
 
-    Reads the forms of LibriSpeech, CMUdict (;;; and # comments, variants such as WORD(2)), and
-    Kaldi and the Montreal Forced Aligner (probabilities between word and phones).
-    Raises FileNotFoundError and ValueError naming the file and line.
+    Reads the forms of LibriSpeech, CMUdict (comments, variants such as WORD(2)), and Kaldi and the
+    Montreal Forced Aligner (probabilities before the phones). Raises OSError and ValueError.
     """
     lexicon = {}
     for path in paths:
@@ -74,7 +67,6 @@ def read_split(folder, name, spell):
     """The probe.Split of a folder in LibriSpeech's layout: audio, and .trans.txt with ID WORD ...
 
     spell(words): numbers of symbols; if it raises ValueError, the utterance is skipped.
-    Raises FileNotFoundError and ValueError.
     """
     corpus = data.find_corpus(folder, [name])
     audio = {os.path.splitext(path)[0]: i for i, path in enumerate(corpus.paths)}
@@ -97,9 +89,9 @@ def read_split(folder, name, spell):
     if not labels:
         stem, reason = next(iter(skipped.items()))
         raise ValueError(f"{os.path.join(folder, name)}: no utterance is usable: {stem}: {reason}")
+    part = corpus.part([audio[stem] for stem in labels])
     ids = [os.path.basename(stem) for stem in labels]
-    indices = [audio[stem] for stem in labels]
-    return probe.Split(name, corpus, indices, ids, list(labels.values()), skipped)
+    return probe.Split(name, part, ids, list(labels.values()), skipped)
 
 
 def read_splits(folder, names, spell):
@@ -139,9 +131,8 @@ def ctc_greedy(log_probs, frames):
 
 def edit_distances(references, hypotheses):
     """(edit distances, lengths of the references), both (utterances,), of lists of symbols."""
-    pairs = zip(references, hypotheses)
-    errors = [torchaudio.functional.edit_distance(*pair) for pair in pairs]
-    return np.array(errors, float), np.array([len(reference) for reference in references], float)
+    errors = map(torchaudio.functional.edit_distance, references, hypotheses)
+    return np.array(list(errors), float), np.array(list(map(len, references)), float)
 
 
 # ------------------------------------------------------------------ the task

@@ -72,7 +72,8 @@ def parse(parser, arguments):
     if parser.parse_known_args(arguments)[0].demo:
         from demo import speech
 
-        parser.set_defaults(**speech.SETTINGS[parser.get_default("task")])
+        settings = {"batch_size": 16, "lr": "5e-3"} | speech.SETTINGS[parser.get_default("task")]
+        parser.set_defaults(**settings, log_every=settings["eval_every"])
     return parser.parse_args(arguments)
 
 
@@ -217,11 +218,15 @@ class Split(torch.utils.data.Dataset):
 
     def read(self, i):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
+        place = self.path(i)
         try:
             waveform = self.corpus.read(i)
+            if self.noise:
+                place = "--noise"
+                waveform = self.noise.mix(waveform, i)
+            return waveform
         except data.UNREADABLE as error:
-            raise ValueError(f"{self.path(i)}: {error}; restore it, or remove its label") from None
-        return self.noise.mix(waveform, i) if self.noise else waveform
+            raise ValueError(f"{place}: {error}; restore it, or remove it and its label") from None
 
     def load(self, i):
         """Cached states of utterance i, (states, frames, dim), else the waveform, (samples,)."""

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
-import itertools
 import json
 import os
 import pickletools
@@ -45,7 +44,7 @@ def load_teacher(name_or_path, device="cpu"):
 
     name_or_path: a name in TEACHERS (downloaded once into torch.hub's folder), a checkpoint of
         fairseq, s3prl, Microsoft's WavLM or torchaudio, or transformers' folder or weights.
-    Raises OSError or ValueError, in one line, for anything else. No code in a file is run.
+    Raises OSError or ValueError, in one line, otherwise. No code in a file is run.
     """
     path = os.fspath(name_or_path)
     if path in TEACHERS:
@@ -101,7 +100,7 @@ def check_frames(teachers, names):
 # ------------------------------------------------------------------ weights
 
 # A weight's name in this code, in fairseq (also s3prl and Microsoft), and in transformers.
-CONV, POSITION, FIRST = "feature_extractor.conv_layers", "encoder.pos_conv", "encoder.layers.0"
+CONV, POSITION = "feature_extractor.conv_layers", "encoder.pos_conv"
 NAMES = [
     ("feature_extractor.convs.{i}", CONV + ".{i}.0", CONV + ".{i}.conv"),
     ("feature_extractor.norms.{i}", CONV + ".{i}.2", CONV + ".{i}.layer_norm"),
@@ -110,23 +109,20 @@ NAMES = [
     ("positional_embedding.convs.{i}", POSITION + ".{i}.0", POSITION + "_embed.layers.{i}.conv"),
     ("positional_embedding.conv", POSITION + ".0", POSITION + "_embed.conv"),
     ("norm", "encoder.layer_norm", "encoder.layer_norm"),
-    (
-        "relative_position",
-        FIRST + ".self_attn.relative_attention_bias",
-        FIRST + ".attention.rel_attn_embed",
-    ),
 ]
-for name, *official in [
-    ("attention.gate", "self_attn.grep_linear", "attention.gru_rel_pos_linear"),
-    ("attention.gate_scale", "self_attn.grep_a", "attention.gru_rel_pos_const"),
-    ("attention.qkv", "self_attn.in_proj", "attention.in_proj"),
-    ("attention.{x}", "self_attn.{x}_proj", "attention.{x}_proj"),  # q, k, v, out
-    ("attention_norm", "self_attn_layer_norm", "layer_norm"),
-    ("ffn_in", "fc1", "feed_forward.intermediate_dense"),
-    ("ffn_out", "fc2", "feed_forward.output_dense"),
-    ("ffn_norm", "final_layer_norm", "final_layer_norm"),
-]:
-    NAMES.append(("layers.{i}." + name, *("encoder.layers.{i}." + there for there in official)))
+LAYER_NAMES = [
+    ("layers.{i}.attention.gate", "self_attn.grep_linear", "attention.gru_rel_pos_linear"),
+    ("layers.{i}.attention.gate_scale", "self_attn.grep_a", "attention.gru_rel_pos_const"),
+    ("layers.{i}.attention.qkv", "self_attn.in_proj", "attention.in_proj"),
+    ("layers.{i}.attention.{x}", "self_attn.{x}_proj", "attention.{x}_proj"),  # q, k, v, out
+    ("layers.{i}.attention_norm", "self_attn_layer_norm", "layer_norm"),
+    ("layers.{i}.ffn_in", "fc1", "feed_forward.intermediate_dense"),
+    ("layers.{i}.ffn_out", "fc2", "feed_forward.output_dense"),
+    ("layers.{i}.ffn_norm", "final_layer_norm", "final_layer_norm"),
+    ("relative_position", "self_attn.relative_attention_bias", "attention.rel_attn_embed"),
+]
+for name, *official in LAYER_NAMES:
+    NAMES.append((name, *("encoder.layers.{i}." + there for there in official)))
 FORMS = {"fairseq": 1, "transformers": 2}  # columns of NAMES
 
 
@@ -137,7 +133,7 @@ def translate(name, source, target):
         pattern = pattern.replace(r"\{x\}", "(?P<x>[a-z]+)") + r"(?P<kind>(\..+)?)"
         match = re.fullmatch(pattern, name)
         if match:
-            return row[target].format(**match.groupdict()) + match["kind"]
+            return row[target].format(**{"i": 0, **match.groupdict()}) + match["kind"]
     return name
 
 
@@ -150,7 +146,7 @@ def official_name(name, form, config):
 
 
 def qkv_parts(name):
-    """Names of the queries', keys' and values' weights, which are one tensor in this code."""
+    """[q, k, v names] for a qkv weight, which is one tensor in this code; otherwise [name]."""
     return [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
 
 
@@ -187,7 +183,7 @@ def rename(path, official):
 
 
 def encoder_config(path, form, weights, settings):
-    """Sizes from the tensors, else from the settings, else assumed, which is printed."""
+    """Sizes from the tensors or the settings; a default, if in neither, is printed."""
     assumed = {}
 
     def setting(kind, fairseq, transformers, default):
@@ -249,17 +245,15 @@ def encoder_config(path, form, weights, settings):
         relative_gate=gated or not buckets,
         normalize=setting(bool, "normalize", "do_normalize", large),
     )
+    assumed.pop("num_hidden_layers", None)  # counted
     if assumed and runs.RANK == 0:
         text = ", ".join(f"{name} {value}" for name, value in assumed.items())
-        print(f"{path}: no configuration says otherwise, so assumed: {text}", file=sys.stderr)
+        print(f"{path}: not in its configuration, so assumed: {text}", file=sys.stderr)
     return config
 
 
 def load_weights(encoder, path, form, weights):
-    """Raises ValueError for a missing or unknown weight and for another shape.
-
-    Weights beside the encoder, of pre-training, are ignored.
-    """
+    """Raises ValueError for a missing, misshapen or unknown weight of the encoder."""
     state = {}
     for name, parameter in encoder.state_dict().items():
         parts = [name] if name in weights else qkv_parts(name)
@@ -280,7 +274,7 @@ def load_weights(encoder, path, form, weights):
 
 # ------------------------------------------------------------------ files
 
-# What a fairseq checkpoint mentions besides tensors; each becomes a Placeholder.
+# Classes in a fairseq checkpoint that become Placeholders; nothing of them is run.
 PLACEHOLDERS = re.compile(
     r"(fairseq|fairseq_cli|omegaconf|examples|typing|pathlib)\.|argparse\.Namespace$|"
     r"_codecs\.encode$|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
@@ -312,7 +306,7 @@ def read_checkpoint(path):
         files = [os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin")]
         path = files[0] if os.path.exists(files[0]) else files[1]
     if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file, nor one of {', '.join(TEACHERS)}")
+        raise FileNotFoundError(f"{path}: no such file; known names: {', '.join(TEACHERS)}")
     content = read_file(path)
     content = content if isinstance(content, dict) else {}
     if str(content.get("format")).startswith("ekd-student"):
@@ -367,11 +361,8 @@ def read_file(path):
         if zipfile.is_zipfile(path):
             classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         else:  # before torch 1.6: pickles of magic number, protocol, system and content
-            for operation, name, _ in itertools.chain(
-                *(pickletools.genops(file) for _ in range(4))
-            ):
-                if operation.name == "GLOBAL":
-                    classes.append(name.replace(" ", "."))
+            steps = (step for _ in range(4) for step in pickletools.genops(file))
+            classes = [name.replace(" ", ".") for op, name, _ in steps if op.name == "GLOBAL"]
     classes = [(Placeholder, name) for name in classes if PLACEHOLDERS.match(name)]
     try:
         with torch.serialization.safe_globals(classes):
@@ -389,23 +380,20 @@ def read_safetensors(path):
     weights = {}
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            body = bytearray(file.read())
+            size, content = int.from_bytes(file.read(8), "little"), bytearray(file.read())
+        header, body = json.loads(content[:size]), content[size:]
         for name, entry in header.items():
             if entry.get("dtype") in types:
                 data = body[slice(*entry["data_offsets"])]
                 weight = torch.frombuffer(data, dtype=types[entry["dtype"]])
                 weights[name] = weight.reshape(entry["shape"])
-    except (ValueError, KeyError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged or truncated; download it again ({error})") from None
     return weights
 
 
 def download(url):
-    """The path of a file in torch.hub's folder, downloaded by one process per machine.
-
-    A broken download leaves no file. Raises OSError.
-    """
+    """Path of the file in torch.hub's folder, downloaded by one process. Raises OSError."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
     path = os.path.join(folder, os.path.basename(url))
     if os.path.exists(path):

@@ -5,6 +5,7 @@ The demo needs no download, and writes in data/demo and runs/demo-avg alone.
 
 import runs
 
+import argparse
 import collections
 import os
 import shutil
@@ -29,6 +30,18 @@ SPLITS = {  # utterances, speakers, rooms
     "dev-clean": (32, 8, 3),
     "test-clean": (64, 16, 4),
 }
+SETTINGS = {  # of the evaluations with --demo
+    "pr": {"data": DATA, "lexicon": f"{DATA}/lexicon.txt", "steps": 1200, "eval_every": 300},
+    "asr": {"data": DATA, "hidden": 64, "steps": 600, "eval_every": 150},
+    "sid": {"manifest": SPEAKERS, "steps": 1500, "eval_every": 250},
+    "er": {"manifest": EMOTIONS, "lr": "1e-2", "steps": 600, "eval_every": 100},
+}
+ROWS = {  # of the comparison: folder, group and name, as in rows.tsv
+    "first-teacher": ("teachers", "first teacher"),
+    "student": ("students", "student"),
+    "before-distillation": ("baselines", "before distillation"),
+    "filter-banks": ("baselines", "filter banks"),
+}
 
 
 # ------------------------------------------------------------------ what --demo needs
@@ -45,16 +58,43 @@ def prepare(folder=DATA):
         os.rename(f"{folder}.partial", folder)
 
 
-def student():
-    """Writes the corpus, and runs train.py --demo unless its student is there."""
+def prepare_tasks():
+    """Writes the corpus and the tables of all tasks, unless they are there."""
     prepare()
-    if os.path.exists(STUDENT):
-        return
-    print(f"demo: no {STUDENT} yet, running train.py --demo", flush=True)
-    program = os.path.join(os.path.dirname(HERE), "train.py")
-    done = subprocess.run([sys.executable, program, "--demo", "--out", RUN])
-    if done.returncode:
-        sys.exit(done.returncode)
+    speakers()
+    emotions()
+
+
+def train(folder, *flags):
+    """The path of the student that train.py --demo writes into a folder, unless it is there."""
+    student = f"{folder}/student.pt"
+    if not os.path.exists(student):
+        print(f"demo: no {student} yet, running train.py --demo", flush=True)
+        program = os.path.join(os.path.dirname(HERE), "train.py")
+        done = subprocess.run([sys.executable, program, "--demo", "--out", folder, *flags])
+        if done.returncode:
+            sys.exit(done.returncode)
+    return student
+
+
+def compare(evaluate, args):
+    """Prints the scores of four upstreams by evaluate(args), a task's, for superb.report too."""
+    before = train(f"{RUN}/before-distillation", "--steps", "0")
+    upstreams = [TEACHERS[0], train(RUN), before, "fbank"]
+    folder = args.out or RUN
+    os.makedirs(folder, exist_ok=True)
+    lines = ["\t".join([row, *names]) + "\n" for row, names in ROWS.items()]
+    runs.write_text(f"{folder}/rows.tsv", "".join(lines))
+    table = []
+    for (row, (_, name)), upstream in zip(ROWS.items(), upstreams):
+        print(f"\n{name}", flush=True)
+        settings = vars(args) | {"upstream": upstream, "out": f"{folder}/{row}/{args.task}"}
+        result = evaluate(argparse.Namespace(**settings))
+        low, high = result["interval"]
+        score = result[result["metric"].lower()]
+        table.append(f"  {name:20}{score:7.1%}   {low:.1%} to {high:.1%}")
+    noise = " in noise" if args.noise else ""
+    print(f"\n{result['metric']} on held-out speech{noise}, 95% intervals", *table, sep="\n")
 
 
 def speakers(path=SPEAKERS):

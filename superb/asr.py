@@ -6,7 +6,7 @@
 The same command resumes a run.
 """
 
-import runs  # isort: skip
+import runs
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +20,9 @@ CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's
 
 def parse(arguments=None):
     """Settings from the command line. Raises ValueError if they are invalid."""
-    parser = probe.parser(__doc__, "asr", splits=SPLITS)
-    parser.set_defaults(steps=200_000, lr="1e-4", eval_every=2000)
+    parser = probe.parser(__doc__, "asr", splits=SPLITS, steps=200_000, eval_every=2000)
     parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
-    if parser.parse_known_args(arguments)[0].demo:
-        from demo import speech
-
-        parser.set_defaults(data=speech.DATA, hidden=64, lr="5e-3", steps=300, batch_size=16)
-        parser.set_defaults(log_every=50, eval_every=100)
-    return parser.parse_args(arguments)
+    return probe.parse(parser, arguments)
 
 
 class SpecAugment(nn.Module):
@@ -69,10 +63,9 @@ class SpecAugment(nn.Module):
 
 
 class BiLSTM(nn.Module):
-    """A bidirectional LSTM that ignores padding, equal to nn.LSTM on a packed sequence.
+    """A bidirectional LSTM that ignores padding: a second LSTM on reversed utterances.
 
-    Its backward pass over a packed sequence takes time quadratic in the frames on a CPU, so
-    this is two LSTMs, the second on reversed utterances.
+    Equal to nn.LSTM on a packed sequence, whose backward pass is quadratic in frames on a CPU.
     """
 
     def __init__(self, dim, hidden):
@@ -82,9 +75,8 @@ class BiLSTM(nn.Module):
 
     def forward(self, x, frames):
         """x: (batch, frames, dim); frames: (batch,). Returns (batch, frames, 2 * hidden)."""
-        time = torch.arange(x.shape[1], device=x.device)
-        frames = frames.to(x.device)[:, None]
-        reverse = torch.where(time < frames, frames - 1 - time, time)[:, :, None]
+        time, frames = torch.arange(x.shape[1]), frames[:, None]
+        reverse = torch.where(time < frames, frames - 1 - time, time)[:, :, None].to(x.device)
         backwards, _ = self.backwards(x.gather(1, reverse.expand_as(x)))
         backwards = backwards.gather(1, reverse.expand_as(backwards))
         return torch.cat([self.forwards(x)[0], backwards], dim=2)

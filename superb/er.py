@@ -8,7 +8,7 @@ The score is the mean over five folds, each a session of IEMOCAP, tested on by a
 trained on the others. Excited counts as happy. The same command resumes a run.
 """
 
-import runs  # isort: skip
+import runs
 
 import argparse
 import json
@@ -26,22 +26,13 @@ EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "sad": "sad", "ang
 
 def parse(arguments=None):
     """Settings from the command line. Raises ValueError if they are invalid."""
-    parser = probe.parser(__doc__, "er")
-    parser.set_defaults(data="data/IEMOCAP", steps=30_000, lr="1e-4")
+    parser = probe.parser(__doc__, "er", data="data/IEMOCAP", steps=30_000)
     parser.add_argument("--manifest", help="a .csv of path,label,fold")
-    if parser.parse_known_args(arguments)[0].demo:
-        from demo import speech
-
-        parser.set_defaults(manifest=speech.EMOTIONS, lr="1e-2", steps=600, batch_size=16)
-        parser.set_defaults(log_every=300, eval_every=100)
-    return parser.parse_args(arguments)
+    return probe.parse(parser, arguments)
 
 
 def read_iemocap(folder):
-    """[(path, emotion, session, place of the line)] of IEMOCAP's four classes.
-
-    Raises FileNotFoundError and ValueError.
-    """
+    """[(path, emotion, session, place of the line)] of IEMOCAP's four classes."""
     rows = []
     for session in "12345":
         tables = os.path.join(folder, f"Session{session}", "dialog", "EmoEvaluation")
@@ -69,8 +60,8 @@ def read_folds(root, rows, seed):
     Of the other folds' utterances, 80% are to train and 20% to choose on, drawn by the seed.
     """
     classes = sorted({row[1] for row in rows})
-    corpus, indices = read_corpus(root, rows)
-    readable = [row for row in rows if row[0] in indices]
+    corpus = read_corpus(root, rows)
+    readable = [row for row in rows if row[0] not in corpus.skipped]
     names = sorted({row[2] for row in readable})
     if len(names) < 2:
         raise ValueError(f"{rows[0][3]}: only one fold, {names}; one has to be held out")
@@ -84,9 +75,7 @@ def read_folds(root, rows, seed):
             "dev": [others[i] for i in sorted(drawn[size:])],
             "test": [row for row in rows if row[2] == fold],
         }
-        folds[fold] = [
-            make_split(name, corpus, indices, part, classes) for name, part in parts.items()
-        ]
+        folds[fold] = [make_split(name, corpus, parts[name], classes) for name in parts]
     return classes, folds
 
 
@@ -100,31 +89,29 @@ def evaluate(args):
             classes, folds = read_folds(args.data, read_iemocap(args.data), args.seed)
         upstream = probe.Upstream(args)
     task = Classification("emotion recognition", classes)
-    results, references, hypotheses = [], [], []
+    results, texts = {}, {"test.ref": [], "test.hyp": []}
     for fold, splits in folds.items():
         print(f"\nfold {fold}")
         out = os.path.join(args.out, f"fold-{fold}")
         of_fold = argparse.Namespace(**vars(args) | {"out": out})
-        results.append(probe.evaluate(of_fold, task, upstream, *splits))
-        for name, texts in (("test.ref", references), ("test.hyp", hypotheses)):
+        results[fold] = probe.evaluate(of_fold, task, upstream, *splits)
+        for name, found in texts.items():
             with open(f"{out}/{name}", encoding="utf-8", errors="surrogateescape") as file:
-                texts.append(file.readlines())
+                found.append(file.readlines())
 
-    counts = [task.count(*lines) for lines in zip(references, hypotheses)]
-    accuracies = [result["accuracy"] for result in results]
-    result = {name: results[0][name] for name in ("task", "metric", "upstream", "versions")}
-    result["accuracy"] = float(np.mean(accuracies))
-    result["interval"] = probe.bootstrap(*counts)
-    result["deviation"] = float(np.std(accuracies, ddof=1))
-    result["folds"] = dict(zip(folds, accuracies))
-    result["held_out"] = {fold: splits[2].ids for fold, splits in folds.items()}
-    weights = [fold["layer_weights"] for fold in results]
+    accuracies = {fold: result["accuracy"] for fold, result in results.items()}
+    first = next(iter(results.values()))
+    result = {name: first[name] for name in ("task", "metric", "upstream", "noise", "torch")}
+    result["accuracy"] = float(np.mean(list(accuracies.values())))
+    result["interval"] = probe.bootstrap(*map(task.count, *texts.values()))
+    result["deviation"] = float(np.std(list(accuracies.values()), ddof=1))
+    result |= {"folds": accuracies, "held_out": {fold: folds[fold][2].ids for fold in folds}}
+    weights = [fold["layer_weights"] for fold in results.values()]
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
-    result["counts"] = {"test": {"utterances": sum(map(len, references))}}
-    result["seconds"] = sum(fold["seconds"] for fold in results)
+    result["seconds"] = sum(fold["seconds"] for fold in results.values())
     result["settings"] = vars(args)
-    for name, lines in (("test.ref", references), ("test.hyp", hypotheses)):
-        runs.write_text(f"{args.out}/{name}", "".join(sum(lines, [])))
+    for name, found in texts.items():
+        runs.write_text(f"{args.out}/{name}", "".join(sum(found, [])))
     runs.write_text(f"{args.out}/result.json", json.dumps(result, indent=2))
     print(f"\nmean over {len(folds)} folds, deviation {result['deviation']:.2%}")
     probe.print_result(args, result)

@@ -7,7 +7,7 @@
 The same command resumes a run.
 """
 
-import runs  # isort: skip
+import runs
 
 import csv
 import os
@@ -24,26 +24,18 @@ SPLITS = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.tx
 
 def parse(arguments=None):
     """Settings from the command line. Raises ValueError if they are invalid."""
-    parser = probe.parser(__doc__, "sid")
-    parser.set_defaults(data="data/VoxCeleb1", steps=200_000, lr="1e-4", eval_every=4000)
+    defaults = {"data": "data/VoxCeleb1", "steps": 200_000, "eval_every": 4000}
+    parser = probe.parser(__doc__, "sid", **defaults)
     parser.add_argument("--manifest", help="a .csv of path,label,split (train, dev or test)")
     parser.add_argument("--crop", type=float, default=8.0, help="seconds per utterance in training")
-    if parser.parse_known_args(arguments)[0].demo:
-        from demo import speech
-
-        parser.set_defaults(manifest=speech.SPEAKERS, lr="5e-3", steps=1500, batch_size=16)
-        parser.set_defaults(log_every=500, eval_every=250)
-    return parser.parse_args(arguments)
+    return probe.parse(parser, arguments)
 
 
 # ------------------------------------------------------------------ tables of files
 
 
 def read_voxceleb1(folder):
-    """[(path, speaker, split, place of the line)] of the iden_split.txt in VoxCeleb1's folder.
-
-    Raises FileNotFoundError and ValueError.
-    """
+    """[(path, speaker, split, place of the line)] of the iden_split.txt in VoxCeleb1's folder."""
     table = os.path.join(folder, "iden_split.txt")
     if not os.path.isfile(table):
         source = "www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt"
@@ -62,10 +54,7 @@ def read_voxceleb1(folder):
 
 
 def read_table(path, columns):
-    """[[value of each column, ..., place of the line]] of a .csv; blanks around them are ignored.
-
-    Raises FileNotFoundError and ValueError.
-    """
+    """[[value of each column, ..., place of the line]] of a .csv; blanks around values do not count."""
     rows, header = [], None
     for number, line in data.read_lines(path):
         fields = [field.strip() for field in next(csv.reader([line]))]
@@ -86,10 +75,7 @@ def read_table(path, columns):
 
 
 def read_corpus(root, rows):
-    """(data.Corpus, {path: index}) of the files of rows (path, ..., place of the line).
-
-    Raises ValueError for a file that is missing or named twice.
-    """
+    """The data.Corpus of rows (path, ..., place of the line); none is missing or named twice."""
     places = {}
     for path, *_, place in rows:
         file = os.path.realpath(os.path.join(root, path))
@@ -101,22 +87,22 @@ def read_corpus(root, rows):
     paths = [row[0] for row in rows]
     lengths, skipped = data.read_lengths(root, paths)
     data.check_skipped(skipped, len(paths))
-    short = {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
-    skipped |= short
+    skipped |= {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
     paths = [path for path in paths if path not in skipped]
-    corpus = data.Corpus(root, paths, np.zeros(len(paths)), [lengths[p] for p in paths], skipped)
-    return corpus, {path: i for i, path in enumerate(paths)}
+    samples = [lengths[path] for path in paths]
+    return data.Corpus(root, paths, [0] * len(paths), samples, skipped)
 
 
-def make_split(name, corpus, indices, rows, classes):
-    """The probe.Split of rows (path, class, ...); indices: {path: index in the corpus}."""
+def make_split(name, corpus, rows, classes):
+    """The probe.Split of rows (path, class, ...) of a corpus."""
+    indices = {path: i for i, path in enumerate(corpus.paths)}
     used = [row for row in rows if row[0] in indices]
     if not used:
         raise ValueError(f"{corpus.root}: no utterances for {name}")
     ids = [row[0] for row in used]
     labels = [torch.tensor(classes.index(row[1])) for row in used]
     skipped = {row[0]: corpus.skipped[row[0]] for row in rows if row[0] not in indices}
-    return probe.Split(name, corpus, [indices[id] for id in ids], ids, labels, skipped)
+    return probe.Split(name, corpus.part([indices[id] for id in ids]), ids, labels, skipped)
 
 
 def read_splits(root, rows):
@@ -127,12 +113,9 @@ def read_splits(root, rows):
             raise ValueError(f"{place}: the split {split!r} is none of train, dev, test")
         if speaker not in speakers:
             raise ValueError(f"{place}: the speaker {speaker} has no utterance to train on")
-    corpus, indices = read_corpus(root, rows)
-    splits = []
-    for name in SPLITS.values():
-        of_split = [row for row in rows if row[2] == name]
-        splits.append(make_split(name, corpus, indices, of_split, speakers))
-    return speakers, splits
+    corpus = read_corpus(root, rows)
+    parts = {name: [row for row in rows if row[2] == name] for name in SPLITS.values()}
+    return speakers, [make_split(name, corpus, parts[name], speakers) for name in parts]
 
 
 # ------------------------------------------------------------------ the task
