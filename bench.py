@@ -44,9 +44,7 @@ def main(arguments=None):
         parser = runs.Parser(__doc__.split("\n")[0])
         add = parser.add_argument
         add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="of utterances")
-        add(
-            "--heads", type=train.parse_layers, default="4,8,12", help="teachers' layers to predict"
-        )
+        add("--heads", type=train.parse_layers, default="4,8,12", help="layers to predict")
         add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg", help="aggregation")
         add("--steps", type=runs.count, default=5, help="timed steps, after two that are not timed")
         add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")

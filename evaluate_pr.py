@@ -32,9 +32,6 @@ def parse(arguments=None):
     return probe.parse(parser, arguments)
 
 
-# ------------------------------------------------------------------ transcripts and phones
-
-
 def read_lexicon(paths):
     """{WORD: [phone, ...]}, the first pronunciation of each word, in capitals.
 
@@ -106,9 +103,6 @@ def read_splits(folder, names, spell):
             if other is not split:
                 raise ValueError(f"--splits: {other.name} and {split.name} share {path}")
     return splits
-
-
-# ------------------------------------------------------------------ CTC and error rates
 
 
 def ctc_loss(log_probs, frames, labels):

@@ -24,12 +24,10 @@ from student import load_student
 from teachers import digest, load_teacher
 
 MAX_SECONDS = 160  # of an utterance, which goes through the upstream as a whole
-# Settings that may differ when a run resumes. Files are compared by content.
-MAY_CHANGE = {"out", "cache", "workers", "log_every"}
-MAY_CHANGE |= {"upstream", "data", "lexicon", "manifest", "noise", "snr"}
+# Settings that may differ when a run resumes; files are compared by content.
+MAY_CHANGE = "out cache workers log_every upstream data lexicon manifest noise snr".split()
 
 
-# fmt: off
 def parser(description, task, **defaults):
     """The flags of all tasks. task: last folder of --out; defaults: of flags."""
     parser = runs.Parser(description.split("\n")[0])
@@ -54,7 +52,6 @@ def parser(description, task, **defaults):
     add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
     parser.set_defaults(task=task, **defaults)
     return parser
-# fmt: on
 
 
 def numbers(text):
@@ -126,8 +123,7 @@ class FilterBanks(nn.Module):
 class Upstream:
     """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
 
-    layers: numbers of the hidden states of --states; dim: width of each.
-    digest: changes with any weight. Raises OSError and ValueError.
+    layers: numbers of its hidden states; dim: width of each; digest: changes with any weight.
     """
 
     def __init__(self, args):
@@ -218,15 +214,11 @@ class Split(torch.utils.data.Dataset):
 
     def read(self, i):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
-        place = self.path(i)
         try:
             waveform = self.corpus.read(i)
-            if self.noise:
-                place = "--noise"
-                waveform = self.noise.mix(waveform, i)
-            return waveform
+            return self.noise.mix(waveform, i) if self.noise else waveform
         except data.UNREADABLE as error:
-            raise ValueError(f"{place}: {error}; restore it, or remove it and its label") from None
+            raise ValueError(f"{self.path(i)}: {error}; restore it, or remove its label") from None
 
     def load(self, i):
         """Cached states of utterance i, (states, frames, dim), else the waveform, (samples,)."""
@@ -242,7 +234,7 @@ class Split(torch.utils.data.Dataset):
 def compute_states(args, upstream, splits, stop):
     """Computes all hidden states: for --cache, or for memory if they take less than half of it."""
     frame_bytes = 2 * len(upstream.layers) * upstream.dim
-    missing, needed = [], 0
+    missing = {}
     for split in splits:
         sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
         if args.cache:
@@ -252,13 +244,12 @@ def compute_states(args, upstream, splits, stop):
             compute = functools.partial(upstream.read, split)
             split.cache.fill(compute, sizes, f"states of {split.name}", stop)
             data.check_shared_memory(args.batch_size * max(sizes), args.workers)
-            continue
-        for i, size in enumerate(sizes):
-            if split.memory_key(i) not in upstream.memory:
-                missing.append((split, i))
-                needed += size
-    if args.cache:
+        else:
+            new = [i for i in range(len(sizes)) if split.memory_key(i) not in upstream.memory]
+            missing |= {(split, i): sizes[i] for i in new}
+    if not missing:
         return
+    needed = sum(missing.values())
     fits = needed < free_memory() / 2
     place = "in memory" if fits else "computed at every step; --cache DIR would store them"
     print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
@@ -292,11 +283,10 @@ def load_states(upstream, split, plan, workers, stop):
     for items in batches:
         items = [upstream(item) if item.dim() == 1 else item for item in items]
         frames = torch.tensor([item.shape[1] for item in items])
-        count, _, dim = items[0].shape
-        states = items[0].new_zeros(count, len(items), int(frames.max()), dim)
-        for i, item in enumerate(items):
-            states[:, i, : item.shape[1]] = item
-        yield states.to(upstream.device, non_blocking=True).float(), frames
+        longest = int(frames.max())
+        items = [nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in items]
+        states = torch.stack(items, dim=1).to(upstream.device, non_blocking=True)
+        yield states.float(), frames
 
 
 # ------------------------------------------------------------------ training and scores
@@ -403,14 +393,17 @@ def evaluate(args, task, upstream, train, dev, test):
     best, probe = run["best"], probes[0]
     probe.load_state_dict(best["probe"])
     (scored,) = score(args, task, upstream, [probe], test, stop)
-    value, counts, references, hypotheses = scored
+    value, errors, references, hypotheses = scored
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
-    result["interval"] = bootstrap(counts)
+    result["interval"] = bootstrap(errors)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
     result["noise"] = {"folder": args.noise, "snr": args.snr} if args.noise else None
-    result["skipped"] = {split.name: len(split.skipped) for split in (train, dev, test)}
+    result["counts"] = {}
+    for split in (train, dev, test):
+        counts = {"utterances": len(split.ids), "skipped": len(split.skipped)}
+        result["counts"][split.name] = counts
     result["seconds"] = round(time.monotonic() - started, 2)
     result |= {"settings": vars(args), "identity": identity, "torch": torch.__version__}
     if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
@@ -466,7 +459,7 @@ def print_result(args, result):
     """Prints the score with its interval, and the learned weights of the hidden states."""
     metric, (low, high) = result["metric"], result["interval"]
     if result["noise"]:
-        print("test split mixed with noise of {folder}, {snr} dB".format(**result["noise"]))
+        print("test split: mixed with noise of {folder}, {snr} dB".format(**result["noise"]))
     print(f"{metric} {result[metric.lower()]:.2%}, 95% interval {low:.2%} to {high:.2%}")
     pairs = zip(result["upstream"]["layers"], result["layer_weights"])
     weights = ", ".join(f"{layer}: {weight:.2f}" for layer, weight in pairs)

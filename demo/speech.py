@@ -1,4 +1,4 @@
-"""The data of --demo: synthetic speech, with tables of speakers and emotions.
+"""What --demo needs: synthetic speech, tables of speakers and emotions, and a comparison.
 
 The demo needs no download, and writes in data/demo and runs/demo-avg alone.
 """

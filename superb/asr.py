@@ -75,8 +75,9 @@ class BiLSTM(nn.Module):
 
     def forward(self, x, frames):
         """x: (batch, frames, dim); frames: (batch,). Returns (batch, frames, 2 * hidden)."""
-        time, frames = torch.arange(x.shape[1]), frames[:, None]
-        reverse = torch.where(time < frames, frames - 1 - time, time)[:, :, None].to(x.device)
+        time = torch.arange(x.shape[1], device=x.device)
+        frames = frames.to(x.device)[:, None]
+        reverse = torch.where(time < frames, frames - 1 - time, time)[:, :, None]
         backwards, _ = self.backwards(x.gather(1, reverse.expand_as(x)))
         backwards = backwards.gather(1, reverse.expand_as(backwards))
         return torch.cat([self.forwards(x)[0], backwards], dim=2)

@@ -70,11 +70,9 @@ def read_folds(root, rows, seed):
         others = [row for row in readable if row[2] != fold]
         drawn = np.random.default_rng(seed).permutation(len(others))
         size = int(0.8 * len(others))
-        parts = {
-            "train": [others[i] for i in sorted(drawn[:size])],
-            "dev": [others[i] for i in sorted(drawn[size:])],
-            "test": [row for row in rows if row[2] == fold],
-        }
+        parts = {"train": [others[i] for i in sorted(drawn[:size])]}
+        parts["dev"] = [others[i] for i in sorted(drawn[size:])]
+        parts["test"] = [row for row in rows if row[2] == fold]
         folds[fold] = [make_split(name, corpus, parts[name], classes) for name in parts]
     return classes, folds
 
@@ -109,6 +107,7 @@ def evaluate(args):
     weights = [fold["layer_weights"] for fold in results.values()]
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
     result["seconds"] = sum(fold["seconds"] for fold in results.values())
+    result["counts"] = {"test": {"utterances": sum(map(len, texts["test.ref"]))}}
     result["settings"] = vars(args)
     for name, found in texts.items():
         runs.write_text(f"{args.out}/{name}", "".join(sum(found, [])))

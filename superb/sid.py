@@ -31,9 +31,6 @@ def parse(arguments=None):
     return probe.parse(parser, arguments)
 
 
-# ------------------------------------------------------------------ tables of files
-
-
 def read_voxceleb1(folder):
     """[(path, speaker, split, place of the line)] of the iden_split.txt in VoxCeleb1's folder."""
     table = os.path.join(folder, "iden_split.txt")
@@ -54,7 +51,7 @@ def read_voxceleb1(folder):
 
 
 def read_table(path, columns):
-    """[[value of each column, ..., place of the line]] of a .csv; blanks around values do not count."""
+    """[[value of each column, ..., place of the line]] of a .csv; blanks around them are cut."""
     rows, header = [], None
     for number, line in data.read_lines(path):
         fields = [field.strip() for field in next(csv.reader([line]))]
@@ -116,9 +113,6 @@ def read_splits(root, rows):
     corpus = read_corpus(root, rows)
     parts = {name: [row for row in rows if row[2] == name] for name in SPLITS.values()}
     return speakers, [make_split(name, corpus, parts[name], speakers) for name in parts]
-
-
-# ------------------------------------------------------------------ the task
 
 
 def mean_over_frames(states, frames, longest=None):

@@ -21,7 +21,7 @@ def small(monkeypatch):
 
 
 @pytest.mark.parametrize("agg", ["avg", "none"])
-def test_the_timed_step_is_that_of_train(small, tmp_path, monkeypatch, agg):
+def test_the_timed_steps_are_those_of_train(small, tmp_path, monkeypatch, agg):
     students, audio = [], tmp_path / "audio"
 
     def record(*arguments):
@@ -39,8 +39,9 @@ def test_the_timed_step_is_that_of_train(small, tmp_path, monkeypatch, agg):
     seconds = [0.9, 0.8, 0.7]
     bench.write_audio(audio, seconds)
     settings = {"teachers": ",".join(teachers), "heads": "2,4", "agg": agg, "data": audio}
-    settings |= {"splits": ".", "steps": 1, "batch_size": 3, "warmup": 0, "precision": "fp32"}
+    settings |= {"splits": ".", "steps": 3, "batch_size": 3, "precision": "fp32"}
     settings |= {"dropout": 0, "workers": 0, "out": tmp_path / "run"}
+    monkeypatch.setattr(train, "learning_rate", lambda step, args: args.lr)
     on_cpu(train, flags_of(settings))
     trained = load_student(str(tmp_path / "run")).state_dict()
     settings |= {"steps": 0, "out": tmp_path / "start"}
@@ -60,7 +61,7 @@ def test_the_timed_step_is_that_of_train(small, tmp_path, monkeypatch, agg):
     config_of = bench.student_config
     monkeypatch.setattr(bench, "student_config", lambda config: config_of(config, dropout=0.0))
     monkeypatch.setattr(bench, "WARMUP", 0)
-    flags = ["--heads", "2,4", "--agg", agg, "--precision", "fp32", "--steps", 1]
+    flags = ["--heads", "2,4", "--agg", agg, "--precision", "fp32", "--steps", 3]
     on_cpu(bench, [*flags, "--seconds", *seconds])
     before = start.state_dict()
     for name, weight in students[0].state_dict().items():

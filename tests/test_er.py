@@ -37,15 +37,23 @@ def score(out, **more):
 
 @pytest.fixture(scope="module")
 def finished(emotions, upstreams, tmp_path_factory):
-    """A finished run: (its folder, its settings, its result)."""
+    """A finished run: (its folder, its settings, its result, how often the upstream ran)."""
     out = tmp_path_factory.mktemp("er") / "er"
     settings = {"manifest": emotions, "upstream": upstreams / "student.pt"}
-    settings |= {"steps": 120, "eval_every": 40}
-    return out, settings, score(out, **settings)
+    settings |= {"steps": 40, "eval_every": 20, "lr": 3e-2}
+    return out, settings, *count_calls(out, **settings)
+
+
+def count_calls(out, **settings):
+    """(result.json of a run, how often the upstream ran)."""
+    computed, call = [], probe.Upstream.__call__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe.Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
+        return score(out, **settings), len(computed)
 
 
 def test_score_is_the_mean_over_held_out_folds(finished):
-    out, _, result = finished
+    out, _, result, _ = finished
     assert list(result["folds"]) == ["0", "1", "2"] and result["accuracy"] > 0.65
     assert result["accuracy"] == pytest.approx(np.mean(list(result["folds"].values())))
     assert result["deviation"] == pytest.approx(np.std(list(result["folds"].values()), ddof=1))
@@ -72,15 +80,21 @@ def test_folds_share_no_utterance_and_train_on_eighty_percent_of_the_others(emot
             assert classes[int(label)] == ("bright" if int(name[:2]) % 2 else "dull")
 
 
-def test_upstream_is_run_once_for_all_folds(finished, tmp_path, monkeypatch):
-    _, settings, expected = finished
-    computed, call = [], probe.Upstream.__call__
-    monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
-    assert score(tmp_path, **settings)["folds"] == expected["folds"] and len(computed) == 36
+def test_upstream_runs_once_per_utterance_and_once_more_in_noise(finished, tmp_path):
+    out, settings, clean, calls = finished
+    assert calls == 36
+    write_audio(tmp_path / "noise", [9000])
+    noisy, calls = count_calls(tmp_path, noise=tmp_path / "noise", snr=-30, **settings)
+    assert calls == 36 + 36 and noisy["noise"]["snr"] == [-30] and clean["noise"] is None
+    assert noisy["accuracy"] < clean["accuracy"]
+    for fold in clean["folds"]:
+        paths = [folder / f"fold-{fold}/result.json" for folder in (out, tmp_path)]
+        a, b = (json.loads(path.read_text())["curves"] for path in paths)
+        assert a == b
 
 
 def test_only_the_folds_that_are_missing_are_run_again(finished, monkeypatch):
-    out, settings, expected = finished
+    out, settings, expected, _ = finished
     monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
     os.remove(out / "result.json")
     assert score(out, **settings) == expected
