@@ -436,7 +436,8 @@ def read_manifest(path, moved_root=None):
             samples, rate = read_length(os.path.join(root, corpus.paths[i]))
         except UNREADABLE:
             continue  # will be skipped with a warning
-        if rate != SAMPLE_RATE and samples == corpus.starts[i] + corpus.samples[i]:
+        whole = corpus.counts[corpus.paths[i]] == 1
+        if rate != SAMPLE_RATE and whole and samples == corpus.samples[i]:
             cause = f"{corpus.paths[i]} is counted at {rate} Hz, not 16 kHz"
             raise ValueError(f"{path}: {cause}; give --data the folder")
     return corpus

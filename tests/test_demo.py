@@ -159,22 +159,29 @@ def test_the_demo_writes_in_its_two_folders_alone(demo):
     assert {path.name for path in (folder / "data").iterdir()} == {"demo", "demo.lock"}
 
 
-def test_the_demo_learns_within_two_minutes(demo):
-    folder, printed, seconds = demo
-    assert seconds < 2 * 120  # on two cores
+def test_the_demo_learns_and_says_what_comes_next(demo):
+    folder, printed = demo
     assert "python evaluate_pr.py --demo" in printed.splitlines()[-1]
     rows = metrics(folder / speech.RUN)
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
     student = load_student(str(folder / speech.STUDENT))
     assert student.head_names == ["layer2", "layer3", "layer4"]
+
+
+@pytest.mark.slow
+def test_the_demo_takes_two_minutes_on_two_cores(whole_demo):
+    folder, seconds = whole_demo
+    assert seconds < 2 * 120
+    rows = metrics(folder / speech.RUN)
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "program", [["evaluate_pr.py"], ["-m", "superb.sid"], ["-m", "superb.er"], ["-m", "superb.asr"]]
 )
-def test_the_student_of_the_demo_is_better_than_before_distillation(demo, program):
-    folder = demo[0]
+def test_the_student_of_the_demo_is_better_than_before_distillation(whole_demo, program):
+    folder = whole_demo[0]
     done = run(*program, "--demo", cwd=folder, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     task = program[-1].removeprefix("superb.").removeprefix("evaluate_").removesuffix(".py")

@@ -75,15 +75,15 @@ def test_trained_teacher_reads_real_speech_better_than_chance(tmp_path):
 
 
 @pytest.mark.slow
-def test_demo_compares_four_upstreams_and_leaves_their_results(demo, tmp_path):
-    folder, _, _ = demo
-    done = run("evaluate_pr.py", "--demo", "--steps", "300", cwd=folder)
+def test_demo_compares_four_upstreams_and_leaves_their_results(whole_demo, tmp_path):
+    folder, _ = whole_demo
+    done = run("evaluate_pr.py", "--demo", "--steps", "300", "--out", tmp_path, cwd=folder)
     assert done.returncode == 0, done.stderr
     rows = dict(line.rsplit(None, 4)[:2] for line in done.stdout.splitlines()[-4:])
     scores = {name.strip(): float(score.rstrip("%")) for name, score in rows.items()}
     assert list(scores) == ["first teacher", "student", "before distillation", "filter banks"]
     assert max(scores["first teacher"], scores["student"]) < 25 < scores["filter banks"]
-    results = sorted(str(path) for path in folder.glob("runs/demo-avg/*/pr"))
+    results = sorted(str(path) for path in tmp_path.glob("*/pr"))
     report = run("-m", "superb.report", *results, cwd=folder)
     assert report.returncode == 0 and all(f" {name} " in report.stdout for name in scores)
 

@@ -119,7 +119,7 @@ def test_a_killed_run_resumes_bit_for_bit(job, tmp_path, kills, cached):
     for number in range(kills):
         process = start(job, *flags(job, out, **settings))
         if cached and number % 2 == 0:
-            wait_for(process, "targets: ")
+            wait_for(process, "of targets")
             time.sleep(rng.uniform(0, 0.3))
         elif number % 5 == 4:
             time.sleep(rng.uniform(0, 6))  # at the start
