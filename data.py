@@ -344,7 +344,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
 def scan(folder, splits):
     """The Corpus of the audio files under sub-folders of a folder, lengths from their headers."""
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder (--data); see README for LibriSpeech")
+        raise FileNotFoundError(f"{folder}: no such folder of audio; see README for LibriSpeech")
     root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):

@@ -384,7 +384,7 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
 
 
 BAD_INPUT = [
-    ({"data": "nowhere"}, ["nowhere", "--data"]),
+    ({"data": "nowhere"}, ["nowhere", "no such folder"]),
     ({"splits": "train-clean-100"}, ["train-clean-100", "--splits"]),
     ({"data": "{job}/empty"}, ["no audio", "empty"]),
     ({"teachers": "nowhere.pt"}, ["nowhere.pt", "hubert"]),
