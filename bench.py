@@ -29,7 +29,7 @@ WARMUP = 2  # steps that are not timed
 
 
 def write_audio(folder, seconds):
-    """The Corpus of a FLAC file of noise per length."""
+    """Writes one FLAC file of noise per length in seconds. Returns the Corpus."""
     rng = np.random.default_rng(0)
     samples = [int(length * data.SAMPLE_RATE) for length in seconds]
     paths = [f"{number}.flac" for number in range(len(samples))]
@@ -65,22 +65,14 @@ def main(arguments=None):
     if precision == "bf16":
         teachers = [teacher.to(torch.bfloat16) for teacher in teachers]
     bf16 = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    optimizer = torch.optim.AdamW(
-        student.parameters(), 2e-4, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.01, fused=True
-    )
+    optimizer = train.adamw(student, weight_decay=0.01)
+    optimizer.param_groups[0]["lr"] = 2e-4
     if args.compile:
-        torch._dynamo.config.recompile_limit = 8 * (len(teachers) + 1)
-        torch._dynamo.config.specialize_int = True
-        for network in [*teachers, student]:
-            network.compile(dynamic=True)
+        train.compile_networks([*teachers, student])
     stop = runs.StopSignal()
 
-    @torch.no_grad()
     def compute_targets(waveforms):
-        """(batch, samples) to (batch, frames, sum of dims), as in train.py."""
-        states = [teacher(waveforms, layers=layers) for teacher, layers in zip(teachers, layers_of)]
-        targets = aggregate.AGGREGATIONS[args.agg](states)
-        return torch.cat([target.float() for target in targets], dim=-1)
+        return train.compute_targets(teachers, layers_of, args.agg, waveforms)
 
     def compute_cached(i):
         return quantize(compute_targets(corpus.read(i)[None].to(device))[0].cpu())
@@ -110,8 +102,9 @@ def main(arguments=None):
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         if norm.isfinite():
             optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        stop.received()
+        optimizer.zero_grad()
+        if stop.received():
+            raise SystemExit(128 + stop.number)
         times.append(now())
         return np.diff(times)
 
@@ -136,11 +129,11 @@ def main(arguments=None):
     audio = len(corpus) * crops[0] / data.SAMPLE_RATE
     print(f"{', '.join(TEACHERS)}; --agg {args.agg}; heads {', '.join(student.head_names)}")
     print(f"{audio:.1f} s of audio per step; {precision} on {device.type}")
-    for name, found in seconds.items():
-        found = np.array(found[WARMUP:])  # (steps, parts)
-        total = np.median(found.sum(1))
+    for name, measured in seconds.items():
+        measured = np.array(measured[WARMUP:])  # (steps, parts)
+        total = np.median(measured.sum(1))
         print(f"{name}: {total:.3g} s, {audio / total:.3g} s of audio per second")
-        for part, median in zip(PARTS, np.median(found, axis=0)):
+        for part, median in zip(PARTS, np.median(measured, axis=0)):
             print(f"  {part:10}{median:.3g} s")
 
 

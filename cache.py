@@ -48,9 +48,9 @@ class Cache:
     def fill(self, compute, sizes, name, stop):
         """Computes what is missing, in the main process; ranks share the work by index.
 
-        compute(i): what to save of utterance i, or None for nothing; sizes: per utterance, bytes.
+        compute(i): the tensors of utterance i, or None; sizes: bytes per utterance.
         The total size is printed first; too little free disk space is an error before anything
-        is computed. Exits on a signal; the same command continues.
+        is computed. Exits on a signal; the same command resumes.
         """
         with runs.one_line_errors():
             os.makedirs(self.folder, exist_ok=True)
@@ -102,7 +102,7 @@ class CachedTargets(data.TrainBatches):
     320 n has the frames from n on. The targets are computed from the whole utterance.
     """
 
-    crop_start_multiple = 320  # samples from one frame to the next
+    crop_start_multiple = 320  # samples per frame
 
     def __init__(self, cache, frames, *args):
         """frames(samples): number of frames of the teachers; args: of TrainBatches."""

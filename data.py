@@ -167,14 +167,17 @@ class TrainBatches(torch.utils.data.Dataset):
 class Noise:
     """Noise of the audio files under a folder, for students of noisy speech.
 
-    snr: lowest and highest signal-to-noise ratio of a waveform in dB, drawn uniformly.
+    snr: [lowest, highest] signal-to-noise ratio of a waveform in dB, drawn uniformly, or [one].
     probability: that noise is added to a waveform at all.
+    Raises as find_corpus does.
     Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
     """
 
     def __init__(self, folder, snr, probability=1.0):
+        if len(snr) > 2 or not -100 <= snr[0] <= snr[-1] <= 100:
+            raise ValueError(f"--snr {snr}: give one ratio from -100 to 100, or low,high")
         self.corpus = find_corpus(folder, ["."])
-        self.snr, self.probability = snr, probability
+        self.snr, self.probability = (snr[0], snr[-1]), probability
 
     def mix(self, waveform, *numbers):
         """(samples,) with a random stretch of noise added, drawn from the numbers only.
@@ -206,34 +209,26 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
     stop: a runs.StopSignal; if it is received while no batch arrives, the program exits.
     Raises RuntimeError if a worker dies, or if no batch arrives within ten minutes.
     """
-    loader = torch.utils.data.DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=steps,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        timeout=5 if workers else 0,
-        worker_init_fn=ignore_signals,
-    )
-    batches, waited = iter(loader), 0
+    settings = {"timeout": 5, "worker_init_fn": ignore_signals} if workers else {}
+    settings |= {"num_workers": workers, "pin_memory": pin_memory}
+    batches = iter(torch.utils.data.DataLoader(dataset, None, sampler=steps, **settings))
+    waited = 0
     while True:
         try:
-            batch = next(batches)
+            yield next(batches)
+            waited = 0
         except StopIteration:
             return
         except RuntimeError as error:
-            waited += 5
             if "DataLoader timed out" not in str(error):
                 raise
             if stop and stop.number:
                 print("stopped while waiting for a batch; the same command resumes", flush=True)
                 raise SystemExit(128 + stop.number) from None
+            waited += settings["timeout"]
             if waited >= BATCH_TIMEOUT:
                 causes = "a stuck disk, or little shared memory: docker --shm-size, or --workers 0"
                 raise RuntimeError(f"no batch for {waited} s: {causes}") from None
-            continue
-        waited = 0
-        yield batch
 
 
 def ignore_signals(worker):

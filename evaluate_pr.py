@@ -25,7 +25,6 @@ NUMBER = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?|[0-9]+\.")
 
 
 def parse(arguments=None):
-    """Settings from the command line. Raises ValueError if they are invalid."""
     parser = probe.parser(__doc__, "pr", splits=SPLITS, lr="1e-2")  # s3prl's libriphone.yaml
     about = "files of lines WORD PHONE PHONE ...; the first line of a word counts"
     parser.add_argument("--lexicon", type=runs.names, default=LEXICON, help=about)
@@ -60,26 +59,26 @@ def read_lexicon(paths):
     return lexicon
 
 
-def read_split(folder, name, spell):
+def read_split(folder, name, encode):
     """The probe.Split of a folder in LibriSpeech's layout: audio, and .trans.txt with ID WORD ...
 
-    spell(words): numbers of symbols; if it raises ValueError, the utterance is skipped.
+    encode(words): numbers of symbols; if it raises ValueError, the utterance is skipped.
     """
     corpus = data.find_corpus(folder, [name])
     audio = {os.path.splitext(path)[0]: i for i, path in enumerate(corpus.paths)}
     skipped = {os.path.splitext(path)[0]: reason for path, reason in corpus.skipped.items()}
     labels = {}
-    for file in sorted(data.files_under(folder, name)):
-        lines = data.read_lines(os.path.join(folder, file)) if file.endswith(".trans.txt") else []
-        for number, line in lines:
+    files = [file for file in data.files_under(folder, name) if file.endswith(".trans.txt")]
+    for file in sorted(files):
+        for number, line in data.read_lines(os.path.join(folder, file)):
             id, *words = line.split()
             stem = os.path.join(os.path.dirname(file), id)
-            if stem in labels or stem not in audio.keys() | skipped.keys():
+            if stem in labels or not (stem in audio or stem in skipped):
                 problem = "a second line of" if stem in labels else "no audio beside it for"
                 raise ValueError(f"{os.path.join(folder, file)}, line {number}: {problem} {id}")
             if stem in audio:
                 try:
-                    labels[stem] = torch.tensor(spell(words))
+                    labels[stem] = torch.tensor(encode(words))
                 except ValueError as error:
                     skipped[stem] = str(error)
     skipped |= {stem: "no transcript" for stem in audio.keys() - labels.keys() - skipped.keys()}
@@ -91,11 +90,11 @@ def read_split(folder, name, spell):
     return probe.Split(name, part, ids, list(labels.values()), skipped)
 
 
-def read_splits(folder, names, spell):
+def read_splits(folder, names, encode):
     """Three Splits. Raises ValueError if two share a file."""
     if len(names) != 3:
         raise ValueError(f"--splits {','.join(names)}: give three, to train, choose and test on")
-    splits = [read_split(folder, name, spell) for name in names]
+    splits = [read_split(folder, name, encode) for name in names]
     owner = {}
     for split in splits:
         for i, path in enumerate(split.corpus.paths):
@@ -106,7 +105,7 @@ def read_splits(folder, names, spell):
 
 
 def ctc_loss(log_probs, frames, labels):
-    """Mean CTC loss, blank 0; an utterance with fewer frames than CTC needs has none.
+    """Mean CTC loss, blank 0; the loss of an utterance with too few frames for CTC is 0.
 
     log_probs: (batch, frames, symbols + 1); frames: (batch,); labels: [(length,) int64], from 1.
     """
@@ -151,7 +150,7 @@ class PhoneHead(nn.Module):
 class PhonemeRecognition:
     """What probe.evaluate needs of a task. Labels are (length,) tensors of numbers from 1.
 
-    symbols: names of what the labels number.
+    symbols: label n is symbols[n - 1].
     """
 
     name = "phoneme recognition"
@@ -173,11 +172,11 @@ class PhonemeRecognition:
         """What the head needs of (states, batch, frames, dim): here, all frames."""
         return states
 
-    def text(self, numbers):
+    def decode(self, numbers):
         """A label or prediction as symbols, the words of a line in test.ref or test.hyp."""
         return [self.symbols[number - 1] for number in numbers]
 
-    def spell(self, words):
+    def encode(self, words):
         """Words to phones as numbers. Raises ValueError for words that are not in the lexicon."""
         missing = [word for word in words if word.upper() not in self.lexicon]
         if missing or not words:
@@ -186,10 +185,15 @@ class PhonemeRecognition:
 
 
 def evaluate(args):
-    """The result of the upstream args.upstream, a dict."""
     with runs.one_line_errors():
         task = PhonemeRecognition(read_lexicon(args.lexicon))
-        splits = read_splits(args.data, args.splits, task.spell)
+    return evaluate_task(args, task)
+
+
+def evaluate_task(args, task):
+    """The result of args.upstream in a task with transcripts."""
+    with runs.one_line_errors():
+        splits = read_splits(args.data, args.splits, task.encode)
         upstream = probe.Upstream(args)
     return probe.evaluate(args, task, upstream, *splits)
 

@@ -64,7 +64,7 @@ def official_state_dict(encoder, form):
     weights = {}
     for name, tensor in encoder.state_dict().items():
         if name.startswith(f"{POSITION}.") and "weight" in name:
-            continue  # below
+            continue  # added below, weight-normalised
         parts = qkv_parts(name)
         for part, weight in zip(parts, tensor.detach().float().cpu().chunk(len(parts))):
             weights[official_name(part, form, encoder.config)] = weight.clone()
@@ -116,8 +116,8 @@ def write_transformers(student, folder, about=None):
         raise ValueError("a student of data2vec's architecture cannot be exported as HuBERT")
     config = {transformers: getattr(c, field) for field, _, transformers in SETTINGS}
     config |= {"architectures": ["HubertModel"], "model_type": "hubert"}
-    for name, values in zip(("conv_dim", "conv_kernel", "conv_stride"), zip(*c.conv_layers)):
-        config[name] = values
+    channels, kernels, strides = zip(*c.conv_layers)
+    config |= {"conv_dim": channels, "conv_kernel": kernels, "conv_stride": strides}
     config |= {"feat_extract_norm": c.conv_norm, "feat_proj_layer_norm": c.projection_norm}
     for name in ("hidden_dropout", "attention_dropout", "activation_dropout"):
         config[name] = c.dropout
@@ -138,7 +138,7 @@ def write_transformers(student, folder, about=None):
 
 
 def model_card(student, name, about):
-    """The README.md of an exported student; what `about` lacks is "not recorded".
+    """The README.md of an exported student; facts missing from `about` are "not recorded".
 
     about: {"teachers": [name], "agg": "avg", "layers": [4, 8, 12], "step": 200000, "data": name,
     "language": "en", "license": "mit", "settings": {of train.py}, "commit": hash}.
@@ -155,11 +155,11 @@ def model_card(student, name, about):
         "training data": about.get("data"),
         "language": about.get("language"),
         "licence": about.get("license"),
-        "training steps": about.get("step"),
+        "training steps": str(about.get("step", "")),
         "training settings": "; ".join(settings),
         "commit of the code": about.get("commit"),
         "encoder": f"{config.layers} layers of {config.dim}, {millions:.2f} million parameters",
-        "waveforms": "16 kHz" + config.normalize * ", normalised to zero mean and unit variance",
+        "waveforms": "16 kHz, normalised" if config.normalize else "16 kHz",
     }
     rows = [f"| {fact} | {value or 'not recorded'} |" for fact, value in facts.items()]
     header = ["library_name: transformers", "tags: [speech, hubert, knowledge-distillation]"]

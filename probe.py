@@ -1,7 +1,7 @@
 """SUPERB's probe: a frozen upstream, a learned weighted sum of its hidden states, a small head.
 
-Source: arXiv:2105.01051 and s3prl's downstream tasks. What a task has to define is shown by
-PhonemeRecognition in evaluate_pr.py.
+Source: arXiv:2105.01051 and s3prl's downstream tasks. A task defines the attributes and
+methods of PhonemeRecognition in evaluate_pr.py.
 """
 
 import runs
@@ -23,27 +23,29 @@ from cache import Cache, key
 from student import load_student
 from teachers import digest, load_teacher
 
-MAX_SECONDS = 160  # of an utterance, which goes through the upstream as a whole
+MAX_SECONDS = 160  # per utterance; an utterance is never split for the upstream
 # Settings that may differ when a run resumes; files are compared by content.
 MAY_CHANGE = "out cache workers log_every upstream data lexicon manifest noise snr".split()
 
 
 def parser(description, task, **defaults):
-    """The flags of all tasks. task: last folder of --out; defaults: of flags."""
+    """The flags that all tasks share. task: folder name for --out; defaults: of single flags."""
     parser = runs.Parser(description.split("\n")[0])
     add = parser.add_argument
     add("--upstream", help="a student.pt, a teacher's name or checkpoint, or fbank")
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
     if "splits" in defaults:
-        add("--splits", type=runs.names, help="to train, choose and test on")
+        add("--splits", type=runs.names, help="three sub-folders: train, dev, test")
     add("--out", help="folder of the run (default: beside a student.pt, else in runs/UPSTREAM)")
     add("--steps", type=runs.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=runs.count, default=32, help="utterances per step")
-    add("--lr", type=numbers, default="1e-4", help="learning rates of Adam, one probe per rate")
+    add(
+        "--lr", type=runs.numbers, default="1e-4", help="learning rates of Adam, one probe per rate"
+    )
     add("--states", type=states, default="all", help="hidden states to use: all, last or 0,4,12")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the upstream")
     add("--noise", metavar="DIR", help="mix noise of the files there into the test split")
-    add("--snr", type=numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
+    add("--snr", type=runs.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
     add("--cache", metavar="DIR", help="cache the hidden states there, for later runs too")
     add("--workers", type=int, default=min(4, runs.cores()), help="data-loading workers")
     add("--seed", type=int, default=0, help="of initial weights, order of the data, and dropout")
@@ -52,11 +54,6 @@ def parser(description, task, **defaults):
     add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
     parser.set_defaults(task=task, **defaults)
     return parser
-
-
-def numbers(text):
-    """Flag type: numbers separated by commas."""
-    return [float(number) for number in text.split(",")]
 
 
 def states(text):
@@ -75,14 +72,14 @@ def parse(parser, arguments):
 
 
 def main(parse, evaluate, arguments):
-    """The program of a task: evaluate(args), for --demo without --upstream on four upstreams."""
+    """Runs a task: evaluate(args), or with --demo and no --upstream, four upstreams in turn."""
     runs.init()
     with runs.one_line_errors():
         args = parse(arguments)
         if args.demo:
             from demo import speech
 
-            speech.prepare_tasks()
+            speech.prepare()
         elif not args.upstream:
             raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
     if not args.upstream:
@@ -115,7 +112,7 @@ class FilterBanks(nn.Module):
         mel = torchaudio.compliance.kaldi.fbank(waveforms, num_mel_bins=80, sample_frequency=16000)
         delta = torchaudio.functional.compute_deltas(mel.t())
         x = torch.cat([mel, delta.t(), torchaudio.functional.compute_deltas(delta).t()], dim=1)
-        # s3prl has no such minimum: a silent band becomes loud rounding noise there.
+        # Not in s3prl: without a minimum, a silent band becomes loud rounding noise.
         deviation = x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-5)
         return [((x - x.mean(0)) / deviation)[None]]
 
@@ -123,13 +120,13 @@ class FilterBanks(nn.Module):
 class Upstream:
     """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
 
-    layers: numbers of its hidden states; dim: width of each; digest: changes with any weight.
+    layers: the hidden states in use, from 0; dim: width of each; digest: hash of all weights.
     """
 
     def __init__(self, args):
         self.device = runs.find_device()
         self.precision = runs.precision(args.precision, self.device)
-        self.memory = {}  # per Split.memory_key, hidden states
+        self.memory = {}  # {Split.memory_key(i): hidden states, on the CPU}
         path, last = args.upstream, 0
         if path == "fbank":
             self.encoder, self.precision = FilterBanks(), "fp32"
@@ -140,8 +137,8 @@ class Upstream:
             last = self.encoder.config.layers
         layers = {"all": list(range(last + 1)), "last": [last]}
         self.layers = layers.get(str(args.states), args.states)
-        if max(self.layers) > last:
-            raise ValueError(f"--states {max(self.layers)}: {path} has hidden states 0 to {last}")
+        if not 0 <= min(self.layers) <= max(self.layers) <= last:
+            raise ValueError(f"--states {args.states}: {path} has hidden states 0 to {last}")
 
     @torch.no_grad()
     def __call__(self, waveform):
@@ -166,9 +163,9 @@ def load_encoder(path, device):
 class Probe(nn.Module):
     """All that is trained: one weight per hidden state, and the head of a task."""
 
-    def __init__(self, states, head):
+    def __init__(self, state_count, head):
         super().__init__()
-        self.weights = nn.Parameter(torch.zeros(states))
+        self.weights = nn.Parameter(torch.zeros(state_count))
         self.head = head
 
     def forward(self, states, frames):
@@ -187,6 +184,7 @@ class Split(torch.utils.data.Dataset):
     """
 
     noise = noise_key = cache = None
+    memory = {}
 
     def __init__(self, name, corpus, ids, labels, skipped):
         self.name, self.corpus, self.skipped = name, corpus, skipped
@@ -199,10 +197,8 @@ class Split(torch.utils.data.Dataset):
 
     def add_noise(self, folder, snr):
         """Mixes noise into utterances, the same at every reading. Raises ValueError, OSError."""
-        if len(snr) > 2 or not -100 <= snr[0] <= snr[-1] <= 100:
-            raise ValueError(f"--snr {snr}: give one ratio from -100 to 100, or low,high")
-        self.noise = data.Noise(folder, [snr[0], snr[-1]])
-        files = Cache("", self.noise.corpus)  # names them by content
+        self.noise = data.Noise(folder, snr)
+        files = Cache("", self.noise.corpus)  # only for path(), which hashes the content
         contents = [files.path(i) for i in range(len(files.corpus))]
         self.noise_key = key(contents, self.noise.snr, self.corpus.paths)
 
@@ -221,7 +217,9 @@ class Split(torch.utils.data.Dataset):
             raise ValueError(f"{self.path(i)}: {error}; restore it, or remove its label") from None
 
     def load(self, i):
-        """Cached states of utterance i, (states, frames, dim), else the waveform, (samples,)."""
+        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
+        if self.memory_key(i) in self.memory:
+            return self.memory[self.memory_key(i)]
         if self.cache:
             with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
                 return runs.load(self.cache.path(i))
@@ -238,8 +236,7 @@ def compute_states(args, upstream, splits, stop):
     for split in splits:
         sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
         if args.cache:
-            place = [os.path.realpath(split.corpus.root), split.noise_key]
-            name = key(upstream.digest, upstream.precision, upstream.layers, *place)
+            name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
             split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
             compute = functools.partial(upstream.read, split)
             split.cache.fill(compute, sizes, f"states of {split.name}", stop)
@@ -253,7 +250,9 @@ def compute_states(args, upstream, splits, stop):
     fits = needed < free_memory() / 2
     place = "in memory" if fits else "computed at every step; --cache DIR would store them"
     print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
-    for split, i in missing if fits else []:
+    if not fits:
+        return
+    for split, i in missing:
         if stop.number:
             raise SystemExit(128 + stop.number)
         upstream.memory[split.memory_key(i)] = upstream.read(split, i)
@@ -276,17 +275,16 @@ def load_states(upstream, split, plan, workers, stop):
 
     plan: per batch, the indices of its utterances.
     """
-    if split.memory_key(0) in upstream.memory:
-        batches = ([upstream.memory[split.memory_key(i)] for i in indices] for indices in plan)
-    else:
-        batches = data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop)
-    for items in batches:
-        items = [upstream(item) if item.dim() == 1 else item for item in items]
-        frames = torch.tensor([item.shape[1] for item in items])
+    split.memory = upstream.memory
+    in_memory = split.memory_key(0) in upstream.memory
+    workers = 0 if in_memory else workers  # they would copy it
+    for items in data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop):
+        items = [upstream(x) if x.dim() == 1 else x for x in items]
+        items = [x.to(upstream.device, non_blocking=True) for x in items]
+        frames = torch.tensor([x.shape[1] for x in items])
         longest = int(frames.max())
         items = [nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in items]
-        states = torch.stack(items, dim=1).to(upstream.device, non_blocking=True)
-        yield states.float(), frames
+        yield torch.stack(items, dim=1).float(), frames
 
 
 # ------------------------------------------------------------------ training and scores
@@ -295,7 +293,7 @@ def load_states(upstream, split, plan, workers, stop):
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, chooses rate and step on `dev`, scores `test`.
 
-    All rates are trained on the same batches; each gives bit for bit what it gives alone.
+    All rates are trained on the same batches; each gives bit for bit what a run with it alone does.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
     args.precision = upstream.precision  # to be compared on resume
@@ -328,13 +326,14 @@ def evaluate(args, task, upstream, train, dev, test):
             probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
             probes.append(probe)
             optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
-        for module, state in zip(probes + optimizers, run["probes"] + run["optimizers"]):
+        for module, state in zip(probes + optimizers, run["probes"] + run["optimizers"]):  # resumed
             module.load_state_dict(state)
         started = time.monotonic() - run["seconds"]
         stop = runs.StopSignal()
+        counts = {}
         for split in (train, dev, test):
-            sizes = f"{len(split.ids):,} utterances, {split.corpus.hours():.2f} hours"
-            print(f"{split.name}: {sizes}, {len(split.skipped)} skipped")
+            counts[split.name] = {"utterances": len(split.ids), "skipped": len(split.skipped)}
+            print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
             data.warn_skipped(split.skipped)
         print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
         compute_states(args, upstream, (train, dev, test), stop)
@@ -392,18 +391,14 @@ def evaluate(args, task, upstream, train, dev, test):
     # ------------------------------ result
     best, probe = run["best"], probes[0]
     probe.load_state_dict(best["probe"])
-    (scored,) = score(args, task, upstream, [probe], test, stop)
-    value, errors, references, hypotheses = scored
+    value, errors, references, hypotheses = score(args, task, upstream, [probe], test, stop)[0]
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
     result["interval"] = bootstrap(errors)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
     result["noise"] = {"folder": args.noise, "snr": args.snr} if args.noise else None
-    result["counts"] = {}
-    for split in (train, dev, test):
-        counts = {"utterances": len(split.ids), "skipped": len(split.skipped)}
-        result["counts"][split.name] = counts
+    result["counts"] = counts
     result["seconds"] = round(time.monotonic() - started, 2)
     result |= {"settings": vars(args), "identity": identity, "torch": torch.__version__}
     if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
@@ -423,7 +418,7 @@ def score(args, task, upstream, probes, split, stop):
     """Per probe, (score, (errors, totals) per utterance, references, hypotheses)."""
     order = np.argsort(-split.corpus.samples, kind="stable")
     plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
-    references = [task.text(label.tolist()) for label in split.labels]
+    references = [task.decode(label.tolist()) for label in split.labels]
     hypotheses = [[None] * len(order) for _ in probes]
     loader = load_states(upstream, split, plan, args.workers, stop)
     for indices, (states, frames) in zip(plan, loader):
@@ -431,8 +426,9 @@ def score(args, task, upstream, probes, split, stop):
             raise SystemExit(128 + stop.number)
         states = task.pool(states, frames, training=False)
         for probe, texts in zip(probes, hypotheses):
-            for i, prediction in zip(indices, task.predict(probe.eval()(states, frames), frames)):
-                texts[i] = task.text(prediction)
+            predictions = task.predict(probe.eval()(states, frames), frames)
+            for i, prediction in zip(indices, predictions):
+                texts[i] = task.decode(prediction)
             probe.train()
     scored = []
     for texts in hypotheses:
@@ -444,7 +440,7 @@ def score(args, task, upstream, probes, split, stop):
 def bootstrap(*sets, resamples=10_000, seed=0):
     """95% interval, [low, high], of sum(errors) / sum(totals) over resampled utterances.
 
-    sets: (errors, totals), each (utterances,); of several, such as folds, of the mean score.
+    sets: one (errors, totals) per test set, each (utterances,); of several, the mean score is used.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
     """
     rng, scores = np.random.default_rng(seed), np.zeros(resamples)

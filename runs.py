@@ -190,6 +190,11 @@ def names(text):
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def numbers(text):
+    """Flag type: numbers separated by commas."""
+    return [float(number) for number in text.split(",")]
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Around set-up: an OSError or ValueError on any rank ends all ranks, with one line and code 2.

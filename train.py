@@ -62,7 +62,7 @@ def parse(arguments=None):
     add("--clip", type=float, default=5.0, help="maximum gradient norm")
     add("--noise", metavar="DIR", help="folder of noise files to mix into the student's input")
     add("--noise-probability", type=float, default=0.5, help="share of the waveforms with noise")
-    add("--snr", type=parse_snr, default="0,20", help="signal-to-noise ratios of the noise in dB")
+    add("--snr", type=runs.numbers, default="0,20", help="signal-to-noise ratio in dB, or low,high")
     add("--cosine-weight", type=float, default=1.0, help="weight of the cosine loss beside L1")
     add("--max-seconds", type=float, default=15.625,
         help="longer files are split into equal pieces of at most this")
@@ -104,16 +104,33 @@ def parse_layers(text):
     return lists if len(lists) > 1 else lists[0]
 
 
-def parse_snr(text):
-    """[0.0, 20.0] from "0,20"; [5.0, 5.0] from "5"."""
-    lowest, _, highest = text.partition(",")
-    return [float(lowest), float(highest or lowest)]
-
-
 def learning_rate(step, args):
     """Linear warmup, then linear decay to 0 after the last step. Steps count from 1."""
     warmup = max(1, round(args.warmup * args.steps))
     return args.lr * min(step / warmup, (args.steps + 1 - step) / (args.steps + 1 - warmup))
+
+
+@torch.no_grad()
+def compute_targets(teachers, layers_of, agg, waveforms):
+    """(batch, samples) to (batch, frames, sum of dims): the targets of all heads, in float32."""
+    states = [teacher(waveforms, layers=layers) for teacher, layers in zip(teachers, layers_of)]
+    targets = aggregate.AGGREGATIONS[agg](states)
+    return torch.cat([target.float() for target in targets], dim=-1)
+
+
+def adamw(student, weight_decay):
+    """The optimizer; its learning rate is set at every step."""
+    betas = (0.9, 0.98)
+    parameters = student.parameters()
+    return torch.optim.AdamW(parameters, 0, betas, 1e-6, weight_decay, fused=True)
+
+
+def compile_networks(networks):
+    """torch.compile, one graph per network for all lengths."""
+    torch._dynamo.config.recompile_limit = 8 * len(networks)  # networks share code
+    torch._dynamo.config.specialize_int = True  # layer numbers are constants
+    for network in networks:
+        network.compile(dynamic=True)
 
 
 def main(arguments=None):
@@ -179,19 +196,12 @@ def main(arguments=None):
     if args.precision == "bf16":  # frozen, so cast once instead of at every step
         teachers = [teacher.to(torch.bfloat16) for teacher in teachers]
 
-    @torch.no_grad()
-    def compute_targets(waveforms):
-        """(batch, samples) to (batch, frames, sum of dims): the targets of all heads."""
-        states = [teacher(waveforms, layers=layers) for teacher, layers in zip(teachers, layers_of)]
-        targets = aggregate.AGGREGATIONS[args.agg](states)
-        return torch.cat([target.float() for target in targets], dim=-1)
-
     def compute_cached(i):
         try:
-            waveform = corpus.read(i)
+            waveform = corpus.read(i)[None].to(device)
         except data.UNREADABLE:
             return None  # skipped with a warning in training
-        return quantize(compute_targets(waveform[None].to(device))[0].cpu())
+        return quantize(compute_targets(teachers, layers_of, args.agg, waveform)[0].cpu())
 
     if args.cache and start < args.steps:
         frames = student.encoder.frames  # equal for all, as check_frames has found
@@ -205,24 +215,15 @@ def main(arguments=None):
 
     # ------------------------------------------------------------------ optimizer and DDP
     student.to(device).train()
-    optimizer = torch.optim.AdamW(
-        student.parameters(),
-        betas=(0.9, 0.98),
-        eps=1e-6,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    optimizer = adamw(student, args.weight_decay)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     model = student
     if WORLD_SIZE > 1:
         devices = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
-    if args.compile:  # one graph per network for all lengths
-        torch._dynamo.config.recompile_limit = 8 * (len(teachers) + 1)  # networks share code
-        torch._dynamo.config.specialize_int = True  # layer numbers are constants
-        for network in [*teachers, student]:
-            network.compile(dynamic=True)
+    if args.compile:
+        compile_networks([*teachers, student])
     if RANK == 0:
         write_config(args, heads)
         log = Log(args, student.head_names, start)
@@ -245,16 +246,14 @@ def main(arguments=None):
             if args.cache:
                 targets = batch["targets"][first : first + micro].to(device, non_blocking=True)
             else:
-                targets = compute_targets(waveforms)
+                targets = compute_targets(teachers, layers_of, args.agg, waveforms)
             if args.noise:  # for the student alone, so that cached targets stay valid
                 waveforms = batch["noisy"][first : first + micro].to(device, non_blocking=True)
             model.require_backward_grad_sync = first + micro == share  # sync on the last only
             with bf16:
                 predictions = model(waveforms)
             targets = targets.split(dims, dim=-1)
-            loss, l1, cosine = distillation_loss(
-                predictions, targets, cosine_weight=args.cosine_weight
-            )
+            loss, l1, cosine = distillation_loss(predictions, targets, None, args.cosine_weight)
             (loss / args.accumulate).backward()
             terms.append(torch.stack([l1, cosine]))
             samples += waveforms.numel() * WORLD_SIZE

@@ -1,12 +1,13 @@
 """What --demo needs: synthetic speech, tables of speakers and emotions, and a comparison.
 
-The demo needs no download, and writes in data/demo and runs/demo-avg alone.
+The demo needs no download, and writes only to data/demo and runs/demo-avg.
 """
 
 import runs
 
 import argparse
 import collections
+import glob
 import os
 import shutil
 import subprocess
@@ -16,13 +17,10 @@ import numpy as np
 import soundfile
 from filelock import FileLock
 
-from data import SAMPLE_RATE, files_under, read_audio
+from data import SAMPLE_RATE, read_audio
 
 DATA = "data/demo"
 RUN = "runs/demo-avg"
-STUDENT = f"{RUN}/student.pt"
-SPEAKERS = f"{DATA}/speakers.csv"
-EMOTIONS = f"{DATA}/emotion/emotions.csv"
 HERE = os.path.dirname(os.path.abspath(__file__))
 TEACHERS = [os.path.join(HERE, f"{name}.pt") for name in ("hubert", "robust_hubert", "wavlm")]
 SPLITS = {  # utterances, speakers, rooms
@@ -30,11 +28,12 @@ SPLITS = {  # utterances, speakers, rooms
     "dev-clean": (32, 8, 3),
     "test-clean": (64, 16, 4),
 }
+TABLES = {"sid": f"{DATA}/speakers.csv", "er": f"{DATA}/emotion/emotions.csv"}
 SETTINGS = {  # of the evaluations with --demo
     "pr": {"data": DATA, "lexicon": f"{DATA}/lexicon.txt", "steps": 1200, "eval_every": 300},
     "asr": {"data": DATA, "hidden": 64, "steps": 600, "eval_every": 150},
-    "sid": {"manifest": SPEAKERS, "steps": 1500, "eval_every": 250},
-    "er": {"manifest": EMOTIONS, "lr": "1e-2", "steps": 600, "eval_every": 100},
+    "sid": {"manifest": TABLES["sid"], "steps": 1500, "eval_every": 250},
+    "er": {"manifest": TABLES["er"], "lr": "1e-2", "steps": 600, "eval_every": 100},
 }
 ROWS = {  # of the comparison: folder, group and name, as in rows.tsv
     "first-teacher": ("teachers", "first teacher"),
@@ -48,25 +47,19 @@ ROWS = {  # of the comparison: folder, group and name, as in rows.tsv
 
 
 def prepare(folder=DATA):
-    """Writes the corpus, unless it is there."""
+    """Writes the corpus and the tables of the tasks, unless they are there."""
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if os.path.isdir(folder):
             return
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         write_corpus(f"{folder}.partial")
+        write_tables(f"{folder}.partial")
         os.rename(f"{folder}.partial", folder)
 
 
-def prepare_tasks():
-    """Writes the corpus and the tables of all tasks, unless they are there."""
-    prepare()
-    speakers()
-    emotions()
-
-
 def train(folder, *flags):
-    """The path of the student that train.py --demo writes into a folder, unless it is there."""
+    """Path of FOLDER/student.pt; if it is missing, train.py --demo is run first."""
     student = f"{folder}/student.pt"
     if not os.path.exists(student):
         print(f"demo: no {student} yet, running train.py --demo", flush=True)
@@ -78,7 +71,7 @@ def train(folder, *flags):
 
 
 def compare(evaluate, args):
-    """Prints the scores of four upstreams by evaluate(args), a task's, for superb.report too."""
+    """Prints the scores of four upstreams by a task's evaluate(args); superb.report reads them."""
     before = train(f"{RUN}/before-distillation", "--steps", "0")
     upstreams = [TEACHERS[0], train(RUN), before, "fbank"]
     folder = args.out or RUN
@@ -97,40 +90,28 @@ def compare(evaluate, args):
     print(f"\n{result['metric']} on held-out speech{noise}, 95% intervals", *table, sep="\n")
 
 
-def speakers(path=SPEAKERS):
-    """Writes the table for superb/sid.py: per training speaker, utterances of all three splits."""
-    splits = ["test", "dev", "train", "train", "train"]
-    lines = ["path,label,split\n"]
-    for audio, speaker, number in utterances(os.path.dirname(path)):
-        lines.append(f"{audio},{speaker},{splits[number % 5]}\n")
-    runs.write_text(path, "".join(lines))
+def write_tables(folder):
+    """Writes speakers.csv for superb/sid.py, and emotion/, a table with audio, for superb/er.py.
 
-
-def emotions(path=EMOTIONS):
-    """Writes the table for superb/er.py, and its audio: five folds of two speakers.
-
-    The "emotions" of a sentence: as it is, fast and high, slow and soft, loud and distorted.
+    Speakers: per training speaker, utterances of all three splits. Emotions: five folds of two
+    speakers; a sentence as it is, fast and high, slow and soft, or loud and distorted.
     """
-    if os.path.exists(path):
-        return
+    splits = ["test", "dev", "train", "train", "train"]
     labels = ["neutral", "happy", "sad", "angry"]
-    lines = ["path,label,fold\n"]
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    for audio, speaker, number in utterances(DATA):
+    speakers, emotions = ["path,label,split\n"], ["path,label,fold\n"]
+    os.makedirs(f"{folder}/emotion", exist_ok=True)
+    for path in sorted(glob.glob("train-clean-100/*/1/*.flac", root_dir=folder)):
+        name = os.path.basename(path)
+        speaker, _, number = name.removesuffix(".flac").split("-")
+        speakers.append(f"{path},{speaker},{splits[int(number) % 5]}\n")
         place = int(speaker) - 101
         if place < 10:
-            name = os.path.basename(audio)
-            label = labels[(number + place // 5 * 2) % 4]
-            waveform = express(read_audio(f"{DATA}/{audio}").numpy(), label)
-            soundfile.write(f"{os.path.dirname(path)}/{name}", waveform, SAMPLE_RATE)
-            lines.append(f"{name},{label},{place % 5}\n")
-    runs.write_text(path, "".join(lines))
-
-
-def utterances(folder):
-    """[(path, speaker, number from 0)] of the training split."""
-    paths = [path for path in files_under(folder, "train-clean-100") if path.endswith(".flac")]
-    return [(path, path.split("/")[1], int(path[-9:-5])) for path in sorted(paths)]
+            label = labels[(int(number) + place // 5 * 2) % 4]
+            waveform = express(read_audio(f"{folder}/{path}").numpy(), label)
+            soundfile.write(f"{folder}/emotion/{name}", waveform, SAMPLE_RATE)
+            emotions.append(f"{name},{label},{place % 5}\n")
+    runs.write_text(f"{folder}/speakers.csv", "".join(speakers))
+    runs.write_text(f"{folder}/emotion/emotions.csv", "".join(emotions))
 
 
 def express(audio, emotion):
@@ -164,7 +145,6 @@ SOUNDS = {  # silence, and phonemes in ARPAbet
     "F": Sound((300, 1200, 2300), 0.0, (1200, 7000), 0.09),
     "Z": Sound((300, 1600, 2600), 0.4, (4500, 7500), 0.09),
 }
-SOUND_INDEX = {name: index for index, name in enumerate(SOUNDS)}
 LEXICON = """
     SEE S IY1, SHE SH IY1, FEE F IY1, KNEE N IY1, ME M IY1, ZOO Z UW1, SHOE SH UW1, LOW L OW1,
     NO N OW1, SHOW SH OW1, SO S OW1, MOON M UW1 N, NOON N UW1 N, SOON S UW1 N, FOOL F UW1 L,
@@ -172,16 +152,17 @@ LEXICON = """
     FOAM F OW1 M, LOAN L OW1 N, NOSE N OW1 Z, MA M AA1, LA L AA1, SHAH SH AA1
 """
 WORDS = dict(entry.split(maxsplit=1) for entry in LEXICON.strip().split(","))
-# Pitch in Hz, factors on formants and durations, fall of the harmonics.
+# Pitch in Hz, factors of formants and durations, decay exponent over harmonics.
 Voice = collections.namedtuple("Voice", "pitch formants pace tilt")
-CONTROL = 80  # samples between the points that steer the synthesis: 200 points per second
+HOP = 80  # samples per control point of the synthesis: 200 points per second
 
 
 def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
     """Writes synthetic speech in LibriSpeech's layout: the same bytes for the same seed.
 
-    folder gets SPLIT/SPEAKER/1/*.flac with .trans.txt, and lexicon.txt. SPLITS are 10 minutes.
-    splits: {name: (utterances, speakers, rooms)}; no two splits share a speaker or a room.
+    folder gets SPLIT/SPEAKER/1/*.flac with .trans.txt, and lexicon.txt.
+    splits: {name: (utterances, speakers, rooms)}, by default ten minutes; no two splits share a
+        speaker or a room.
     decibels: range of the signal-to-noise ratio.
     """
     speaker = 100
@@ -231,7 +212,7 @@ def make_voices(split, speakers, rooms, seed=0):
 def synthesise(words, voice, rng):
     """Formant synthesis: harmonics of the pitch under three resonances, and bands of noise.
 
-    Returns (samples,) float64, and (samples // CONTROL,) indices of SOUNDS.
+    Returns (samples,) float64, and (samples // HOP,) indices of SOUNDS.
     """
     names, seconds = ["silence"], [SOUNDS["silence"].seconds]
     for word in words:
@@ -240,8 +221,8 @@ def synthesise(words, voice, rng):
             seconds.append(SOUNDS[names[-1]].seconds * voice.pace * rng.uniform(0.8, 1.25))
         names.append("silence")
         seconds.append(rng.uniform(0.02, 0.09))
-    counts = [max(1, round(length * SAMPLE_RATE / CONTROL)) for length in seconds]
-    sounds = np.repeat([SOUND_INDEX[name] for name in names], counts)
+    counts = [max(1, round(length * SAMPLE_RATE / HOP)) for length in seconds]
+    sounds = np.repeat([list(SOUNDS).index(name) for name in names], counts)
     formants = np.array([SOUNDS[name].formants for name in names])
     formants = formants * rng.uniform(0.84, 1.16, (len(names), 3)) * voice.formants
     formants = np.repeat(formants, counts, axis=0)
@@ -252,14 +233,14 @@ def synthesise(words, voice, rng):
     voicing = np.convolve(np.pad(voicing, 6), window, "valid")
 
     points = np.arange(len(voicing))
-    time = np.arange(len(voicing) * CONTROL) / CONTROL
+    time = np.arange(len(voicing) * HOP) / HOP
     pitch = voice.pitch * rng.uniform(0.93, 1.07)
-    vibrato = 1 + 0.015 * np.sin(2 * np.pi * 4.5 * time * CONTROL / SAMPLE_RATE)
+    vibrato = 1 + 0.015 * np.sin(2 * np.pi * 4.5 * time * HOP / SAMPLE_RATE)
     glide = pitch * np.linspace(1.08, 0.92, len(time)) * vibrato
     phase = 2 * np.pi * np.cumsum(glide) / SAMPLE_RATE
     wave, before, audio = np.sin(phase), np.zeros(len(time)), np.zeros(len(time))
     for harmonic in range(1, int(4000 / pitch) + 1):
-        distance = (harmonic * pitch - formants) / (0.5 * np.array([80, 110, 160]))
+        distance = (harmonic * pitch - formants) / np.array([40, 55, 80])  # half bandwidths in Hz
         resonance = (np.array([1, 0.6, 0.3]) / np.sqrt(1 + distance**2)).sum(axis=1)
         amplitude = voicing * resonance / harmonic**voice.tilt
         audio += np.interp(time, points, amplitude) * wave
@@ -269,9 +250,9 @@ def synthesise(words, voice, rng):
     for name, count, end in zip(names, counts, np.cumsum(counts)):
         if SOUNDS[name].band:
             low, high = SOUNDS[name].band
-            length = count * CONTROL
+            length = count * HOP
             hiss = band_of_noise(length, low * voice.formants, high * voice.formants, rng)
-            audio[(end - count) * CONTROL : end * CONTROL] += 0.8 * hiss * np.hanning(length)
+            audio[(end - count) * HOP : end * HOP] += 0.8 * hiss * np.hanning(length)
     return audio / np.abs(audio).max(), sounds
 
 

@@ -3,7 +3,6 @@
 import runs
 
 import os
-import time
 
 import numpy as np
 import torch
@@ -22,10 +21,10 @@ CLUSTERS = 1 + 12 * VOICE_GROUPS  # silence, and 12 phonemes per group of voices
 def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
     """Trains on the training speakers, and writes three official formats in half precision.
 
-    HuBERT's pre-training (arXiv:2106.07447) predicts the clusters of masked frames. HuBERT has
-    them from k-means, which separates voices too. Here a cluster is a phoneme of the synthesiser
-    spoken by one of six groups of voices of similar pitch. RobustHuBERT and WavLM continue from
-    HuBERT, in louder noise and mixed with other speakers, and predict the clean speech's clusters.
+    HuBERT's pre-training (arXiv:2106.07447) predicts the clusters of masked frames. HuBERT's
+    clusters come from k-means, which separates voices too. Here a cluster is a phoneme in one of
+    six groups of voices of similar pitch. RobustHuBERT (louder noise) and WavLM (a second
+    speaker) continue from HuBERT, with the clusters of the clean speech as targets.
     """
     split = "train-clean-100"
     voices, rooms, _ = speech.make_voices(split, *speech.SPLITS[split][1:])
@@ -34,12 +33,12 @@ def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
     for number in range(utterances):
         words = speech.sample_words(rng, 4, 9)
         voice = number % len(voices)
-        audio, phonemes = speech.synthesise(words, voices[voice], rng)
+        audio, sounds = speech.synthesise(words, voices[voice], rng)
         group = voice * VOICE_GROUPS // len(voices)
-        corpus.append((audio, np.where(phonemes == 0, 0, phonemes + 12 * group)))
+        corpus.append((audio, np.where(sounds == 0, 0, sounds + 12 * group)))
 
     os.makedirs(folder, exist_ok=True)
-    first = None
+    hubert = None
     for name, count, lr in zip(FORMATS, steps, (2e-3, 1e-3, 1e-3)):
         torch.manual_seed(seed)
         config = EncoderConfig(
@@ -48,17 +47,17 @@ def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
         if name == "wavlm":
             config.relative_buckets, config.relative_distance = 32, 128
         encoder = SpeechEncoder(config)
-        if first:  # relative positions, WavLM's alone, remain random
-            encoder.load_state_dict(first.state_dict(), strict=False)
+        if hubert:  # relative positions, WavLM's alone, remain random
+            encoder.load_state_dict(hubert.state_dict(), strict=False)
         rng = np.random.default_rng([seed, 200])
         predict_masked_clusters(encoder, name, corpus, rooms, count, lr, rng)
-        first = first or encoder
+        hubert = hubert or encoder
         save_official(encoder, f"{folder}/{name}.pt", FORMATS[name], torch.float16)
 
 
 def predict_masked_clusters(encoder, name, corpus, rooms, steps, lr, rng, batch_size=16):
     """HuBERT's pre-training, with equal weights for masked and other frames (its alpha of 0.5)."""
-    started, masked = time.monotonic(), None
+    masked = None
     mask_embedding = torch.nn.Parameter(0.1 * torch.randn(encoder.config.dim))
     classifier = torch.nn.Linear(encoder.config.dim, CLUSTERS)
     weights = [*encoder.parameters(), mask_embedding, *classifier.parameters()]
@@ -85,22 +84,21 @@ def predict_masked_clusters(encoder, name, corpus, rooms, steps, lr, rng, batch_
         if step % 100 == 0 or step == steps:
             accuracy = (logits.argmax(-1) == targets)[masked].float().mean()
             line = f"{name}: step {step}/{steps}  loss {loss:.3f}  masked accuracy {accuracy:.0%}"
-            print(f"{line}  {time.monotonic() - started:.0f} s", flush=True)
+            print(line, flush=True)
     hook.remove()
-    encoder.eval()
 
 
 def sample_batch(name, corpus, rooms, batch_size, rng, samples=24080):
-    """Crops as a teacher gets them, (batch, samples), and clusters, (batch, frames)."""
+    """Noisy crops, (batch, samples), and clusters of the clean speech, (batch, frames)."""
     frames = (samples - 400) // 320 + 1
-    middles = (np.arange(frames) * 320 + 200) // speech.CONTROL
+    middles = (np.arange(frames) * 320 + 200) // speech.HOP
     waveforms = np.zeros((batch_size, samples), np.float32)
     targets = np.zeros((batch_size, frames), np.int64)
     lowest = 0 if name == "robust_hubert" else 5  # signal-to-noise ratio in dB
     for waveform, target in zip(waveforms, targets):
         audio, clusters = corpus[rng.integers(len(corpus))]
-        start = rng.integers(max(1, len(audio) - samples + 1)) // speech.CONTROL
-        audio = audio[start * speech.CONTROL :][:samples]
+        start = rng.integers(max(1, len(audio) - samples + 1)) // speech.HOP
+        audio = audio[start * speech.HOP :][:samples]
         clusters = clusters[start:]
         room = rooms[rng.integers(len(rooms))]
         audio = speech.add_room_and_noise(audio, room, rng.uniform(lowest, 20), rng)

@@ -11,24 +11,24 @@ import runs
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchaudio.functional import mask_along_axis_iid
 
 import probe
-from evaluate_pr import SPLITS, ctc_greedy, ctc_loss, edit_distances, read_splits
+from evaluate_pr import SPLITS, ctc_greedy, ctc_loss, edit_distances, evaluate_task
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
 
 
 def parse(arguments=None):
-    """Settings from the command line. Raises ValueError if they are invalid."""
     parser = probe.parser(__doc__, "asr", splits=SPLITS, steps=200_000, eval_every=2000)
     parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
     return probe.parse(parser, arguments)
 
 
 class SpecAugment(nn.Module):
-    """Time warping and masks on the features, in training only.
+    """In training, warps time by up to 5 frames, then sets dimensions and frames to 0.
 
-    A frame moves by up to 5; 2 times up to 39 frames and 4 times up to 49 dimensions become 0.
+    4 masks of up to 49 dimensions, and 2 of up to 39 frames.
     Source: Park et al. 2019, arXiv:1904.08779; sizes of s3prl's downstream/asr/config.yaml.
     """
 
@@ -37,11 +37,12 @@ class SpecAugment(nn.Module):
         if not self.training:
             return x
         x = torch.stack([self.warp(one, length) for one, length in zip(x, frames.tolist())])
-        x = x.masked_fill(self.masks(x, x.shape[2], 4, 50)[:, None, :], 0)
-        return x.masked_fill(self.masks(x, x.shape[1], 2, 40)[:, :, None], 0)
+        for axis, widest in ((2, 50), (2, 50), (2, 50), (2, 50), (1, 40), (1, 40)):
+            x = mask_along_axis_iid(x, widest, 0.0, axis)
+        return x
 
     def warp(self, x, frames, window=5):
-        """(longest frames, dim): of the first `frames`, a random one moves and the rest stretch."""
+        """Warps the first `frames` of x, (longest frames, dim), around a random one."""
         if frames <= 2 * window:
             return x
         centre = int(torch.randint(window, frames - window, ()))
@@ -53,13 +54,6 @@ class SpecAugment(nn.Module):
     def stretch(self, x, frames):
         size = (frames, x.shape[1])
         return F.interpolate(x[None, None], size, mode="bicubic")[0, 0]
-
-    def masks(self, x, size, count, widest):
-        """(batch, size), True in `count` random stretches per row, each shorter than `widest`."""
-        width = torch.randint(0, widest, (len(x), count, 1))
-        start = (torch.rand(len(x), count, 1) * (size - width).clamp(min=1)).long()
-        place = torch.arange(size)
-        return ((place >= start) & (place < start + width)).any(1).to(x.device)
 
 
 class BiLSTM(nn.Module):
@@ -125,10 +119,10 @@ class SpeechRecognition:
     def pool(self, states, frames, training):
         return states
 
-    def text(self, numbers):
+    def decode(self, numbers):
         return "".join(CHARACTERS[number - 1] for number in numbers).split()
 
-    def spell(self, words):
+    def encode(self, words):
         """Words to characters as numbers. Raises ValueError for other characters."""
         text = " ".join(words).upper()
         unknown = sorted(set(text) - set(CHARACTERS))
@@ -138,12 +132,7 @@ class SpeechRecognition:
 
 
 def evaluate(args):
-    """The result of the upstream args.upstream, a dict."""
-    with runs.one_line_errors():
-        task = SpeechRecognition(args.hidden)
-        splits = read_splits(args.data, args.splits, task.spell)
-        upstream = probe.Upstream(args)
-    return probe.evaluate(args, task, upstream, *splits)
+    return evaluate_task(args, SpeechRecognition(args.hidden))
 
 
 def main(arguments=None):

@@ -4,13 +4,14 @@
     python -m superb.er --upstream runs/avg/student.pt --manifest emotions.csv
     python -m superb.er --demo
 
-The score is the mean over five folds, each a session of IEMOCAP, tested on by a probe that was
-trained on the others. Excited counts as happy. The same command resumes a run.
+The score is the mean over five folds: each session of IEMOCAP is the test set of a probe trained
+on the other four. Excited counts as happy. The same command resumes a run.
 """
 
 import runs
 
 import argparse
+import glob
 import json
 import os
 import re
@@ -25,7 +26,6 @@ EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "sad": "sad", "ang
 
 
 def parse(arguments=None):
-    """Settings from the command line. Raises ValueError if they are invalid."""
     parser = probe.parser(__doc__, "er", data="data/IEMOCAP", steps=30_000)
     parser.add_argument("--manifest", help="a .csv of path,label,fold")
     return probe.parse(parser, arguments)
@@ -38,10 +38,7 @@ def read_iemocap(folder):
         tables = os.path.join(folder, f"Session{session}", "dialog", "EmoEvaluation")
         if not os.path.isdir(tables):
             raise FileNotFoundError(f"{tables}: no such folder; give --data IEMOCAP's folder")
-        for name in sorted(os.listdir(tables)):
-            if name.startswith(".") or not name.endswith(".txt"):
-                continue
-            table = os.path.join(tables, name)
+        for table in sorted(glob.glob(f"{glob.escape(tables)}/*.txt")):  # no dot files
             for number, line in data.read_lines(table):
                 # [6.2901 - 8.2357]	Ses01F_impro01_F000	neu	[2.5000, 2.5000, 2.5000]
                 turn = re.match(r"\[[\d. -]+\]\t(\w+)\t(\w+)\t", line)
@@ -57,7 +54,7 @@ def read_iemocap(folder):
 def read_folds(root, rows, seed):
     """(classes, {fold: [train, dev, test]}) of rows (path, emotion, fold, place of the line).
 
-    Of the other folds' utterances, 80% are to train and 20% to choose on, drawn by the seed.
+    Per fold, the other folds are split at random, by the seed, into 80% train and 20% dev.
     """
     classes = sorted({row[1] for row in rows})
     corpus = read_corpus(root, rows)
@@ -87,26 +84,27 @@ def evaluate(args):
             classes, folds = read_folds(args.data, read_iemocap(args.data), args.seed)
         upstream = probe.Upstream(args)
     task = Classification("emotion recognition", classes)
-    results, texts = {}, {"test.ref": [], "test.hyp": []}
+    results, texts = [], {"test.ref": [], "test.hyp": []}
     for fold, splits in folds.items():
         print(f"\nfold {fold}")
         out = os.path.join(args.out, f"fold-{fold}")
-        of_fold = argparse.Namespace(**vars(args) | {"out": out})
-        results[fold] = probe.evaluate(of_fold, task, upstream, *splits)
+        fold_args = argparse.Namespace(**vars(args) | {"out": out})
+        results.append(probe.evaluate(fold_args, task, upstream, *splits))
         for name, found in texts.items():
             with open(f"{out}/{name}", encoding="utf-8", errors="surrogateescape") as file:
                 found.append(file.readlines())
 
-    accuracies = {fold: result["accuracy"] for fold, result in results.items()}
-    first = next(iter(results.values()))
-    result = {name: first[name] for name in ("task", "metric", "upstream", "noise", "torch")}
-    result["accuracy"] = float(np.mean(list(accuracies.values())))
+    accuracies = [result["accuracy"] for result in results]
+    weights = [result["layer_weights"] for result in results]
+    seconds = sum(result["seconds"] for result in results)
+    result = {name: results[0][name] for name in ("task", "metric", "upstream", "noise", "torch")}
+    result["accuracy"] = float(np.mean(accuracies))
     result["interval"] = probe.bootstrap(*map(task.count, *texts.values()))
-    result["deviation"] = float(np.std(list(accuracies.values()), ddof=1))
-    result |= {"folds": accuracies, "held_out": {fold: folds[fold][2].ids for fold in folds}}
-    weights = [fold["layer_weights"] for fold in results.values()]
+    result["deviation"] = float(np.std(accuracies, ddof=1))
+    result["folds"] = dict(zip(folds, accuracies))
+    result["held_out"] = {fold: test.ids for fold, (_, _, test) in folds.items()}
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
-    result["seconds"] = sum(fold["seconds"] for fold in results.values())
+    result["seconds"] = seconds
     result["counts"] = {"test": {"utterances": sum(map(len, texts["test.ref"]))}}
     result["settings"] = vars(args)
     for name, found in texts.items():

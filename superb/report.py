@@ -30,11 +30,11 @@ STYLES = ("-", "--", ":", "-.")
 
 @dataclass
 class Row:
-    """An upstream. scores, differences: {task: (value, low, high)}, fractions with intervals."""
+    """A table row: one upstream. scores, differences: {task: (value, low, high)}, fractions."""
 
     name: str
     group: str = ""
-    place: int = -1  # in rows.tsv
+    place: int = -1  # line number in rows.tsv, from 0; -1 if absent
     results: dict = field(default_factory=dict)  # {task: {seed: content of result.json}}
     scores: dict = field(default_factory=dict)
     differences: dict = field(default_factory=dict)
@@ -50,9 +50,9 @@ def find_row(folder):
     row, table = Row(str(folder)), folder.absolute().parent / "rows.tsv"
     if table.exists():
         for place, line in enumerate(table.read_text("utf-8").splitlines()):
-            name, group, shown = line.split("\t")
-            if name == folder.absolute().name:
-                row = Row(shown, group, place)
+            row_folder, group, name = line.split("\t")
+            if row_folder == folder.absolute().name:
+                row = Row(name, group, place)
     return row, int(seed[1]) if seed else 0
 
 
@@ -94,12 +94,13 @@ def tasks_of(rows):
 
 
 def read_errors(result):
-    """Per fold (errors, totals), (utterances,) each, and the references, of test.ref and test.hyp.
+    """Reads test.ref and test.hyp: ([(errors, totals) per fold], references).
 
-    The score is the mean over folds of sum(errors) / sum(totals).
+    errors, totals: (utterances,). The score is the mean over folds of sum(errors) / sum(totals).
     """
     files = [result["folder"] / name for name in ("test.ref", "test.hyp")]
-    references, hypotheses = (file.read_text("utf-8").splitlines() for file in files)
+    texts = [file.read_text("utf-8", "surrogateescape").splitlines() for file in files]
+    references, hypotheses = texts
     pairs = list(zip(references, hypotheses, strict=True))
     if result["metric"] == "accuracy":  # then "errors" are correct utterances
         counts = [(ref == hyp, 1) for ref, hyp in pairs]
@@ -107,7 +108,8 @@ def read_errors(result):
         words = [(ref.split()[1:], hyp.split()[1:]) for ref, hyp in pairs]
         distance = torchaudio.functional.edit_distance
         counts = [(distance(ref, hyp), len(ref)) for ref, hyp in words]
-    ends = np.cumsum([len(ids) for ids in result.get("held_out", {"": pairs}).values()])[:-1]
+    held_out = result.get("held_out", {"": pairs})  # {fold: utterance ids}
+    ends = np.cumsum([len(ids) for ids in held_out.values()])[:-1]
     return [fold.T for fold in np.split(np.array(counts, float), ends)], tuple(references)
 
 
@@ -124,11 +126,11 @@ def resample(seeds):
     seeds: the folds of each. The draws are the same for every row, so differences are paired.
     """
     scores = 0
-    for folds, drawn in zip(seeds, draws(len(seeds), 0).T):
+    for folds, times_drawn in zip(seeds, draws(len(seeds), 0).T):
         for stream, (errors, totals) in enumerate(folds, start=1):
             weights = draws(len(errors), stream)
             ratio = (weights @ errors) / (weights @ totals)
-            scores = scores + drawn / len(seeds) * ratio / len(folds)
+            scores = scores + times_drawn / len(seeds) * ratio / len(folds)
     return scores
 
 
@@ -142,25 +144,25 @@ def score_rows(rows, against=None):
         names = ", ".join(row.name for row in rows)
         raise ValueError(f"--against {against}: no such row; there are {names}")
     for task in tasks_of(rows):
-        resampled, tested = {}, set()
-        having = [row for row in rows if task in row.results]
-        for row in having:
+        resampled, test_sets = {}, set()
+        rows_of_task = [row for row in rows if task in row.results]
+        for row in rows_of_task:
             results = list(row.results[task].values())
             score = np.mean([result["score"] for result in results], axis=0)
             if base or len(results) > 1:
                 seeds, references = zip(*map(read_errors, results))
                 resampled[row.name] = resample(seeds)
-                tested.update(references)
+                test_sets.update(references)
             if len(results) > 1:
                 score[1:] = np.percentile(resampled[row.name], [2.5, 97.5])
             row.scores[task] = score
-        if len(tested) > 1:
+        if len(test_sets) > 1:
             raise ValueError(f"{task}: the rows were tested on different utterances")
-        if base in having:
-            for row in [row for row in having if row is not base]:
-                drawn = resampled[row.name] - resampled[against]
+        if base in rows_of_task:
+            for row in [row for row in rows_of_task if row is not base]:
+                difference = resampled[row.name] - resampled[against]
                 value = row.scores[task][0] - base.scores[task][0]
-                row.differences[task] = np.array([value, *np.percentile(drawn, [2.5, 97.5])])
+                row.differences[task] = np.array([value, *np.percentile(difference, [2.5, 97.5])])
 
 
 def best_score(rows, task):
@@ -172,8 +174,8 @@ def describe_sample(rows, task):
     """Such as "2,500 utterances, 1 to 3 seeds"."""
     seeds = [row.results[task] for row in rows if task in row.results]
     *_, test = next(iter(seeds[0].values()))["counts"].values()
-    counts = sorted({str(len(results)) for results in seeds})
-    number = " to ".join(counts[:1] + counts[1:][-1:])
+    counts = sorted({len(results) for results in seeds})
+    number = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
     return f"{test['utterances']:,} utterances, {number} seed{'' if number == '1' else 's'}"
 
 
@@ -197,6 +199,7 @@ def table(rows, against=None):
         cells = {task: cell(score, score[0] == best[task]) for task, score in row.scores.items()}
         add(row.group, row.name, cells)
     for row in rows:
+        # low and high of one sign: the interval excludes 0
         cells = {task: cell(n, n[1] * n[2] > 0, "+") for task, n in row.differences.items()}
         if cells:
             add(f"difference from {against}", row.name, cells)
@@ -230,18 +233,20 @@ def new_figure(count, width, height, title):
 
 def save_picture(figure, path, label):
     """Writes an SVG with an aria-label."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="svg", bbox_inches="tight", metadata={"Date": None})
+    svg = io.BytesIO()
+    figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
     root = f'<svg role="img" aria-label="{html.escape(label)}" '
     with runs.atomic(path) as file:
-        file.write(drawn.getvalue().replace(b"<svg ", root.encode(), 1))
+        file.write(svg.getvalue().replace(b"<svg ", root.encode(), 1))
 
 
 def draw_rows(rows, path, title, note, width, plot):
     """A panel per task, in which plot(panel, row, task, y) draws each row."""
     labels, tasks = [], tasks_of(rows)
     for row in rows:
-        labels += [row.name] if row.group in ["", *labels] else [row.group, row.name]
+        if row.group and row.group not in labels:
+            labels.append(row.group)
+        labels.append(row.name)
     size = (2 + width * len(tasks), 1.6 + 0.22 * len(labels))
     _, figure, panels = new_figure(len(tasks), *size, title)
     for panel, task in zip(panels, tasks):
@@ -290,10 +295,11 @@ def draw_layers(rows, path):
         panel.set_xticks(range(0, last + 1, 1 if last < 8 else 4))
 
     rows = [row for row in rows if any(len(weights(row, task)) > 1 for task in row.results)]
-    last = max((max(weights(row, task)) for row in rows for task in row.results), default=0)
-    note = (
-        "Weight of each hidden state in percent, mean over seeds. State 0 is the input of layer 1."
-    )
+    if not rows:
+        runs.warn(f"{path}: not drawn, no row has more than one hidden state")
+        return
+    last = max(max(weights(row, task)) for row in rows for task in row.results)
+    note = "Mean weight of each hidden state in percent. State 0 is the input of layer 1."
     title = "Learned weights of the hidden states"
     draw_rows(rows, path, title, note, 0.6 + 0.2 * last, plot)
 

@@ -8,29 +8,30 @@
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+# : "${NAME=value}" sets NAME unless it is set.
 if [ "${1-}" = --demo ]; then
     : "${DATA=data/demo}" "${LEXICON=data/demo/lexicon.txt}" "${VOXCELEB=data/demo/speakers.csv}"
     : "${TEACHERS=$root/demo/hubert.pt,$root/demo/robust_hubert.pt,$root/demo/wavlm.pt}"
     : "${HEADS=2,3,4}" "${STEPS=300}" "${TASKS=pr sid}" "${RATES=5e-3}"
     : "${ROWS=fbank untrained teacher-hubert hubert avg concat none}"
     : "${OUT=runs/demo-reproduce}" "${CACHE=$OUT/cache}"
-    # From random weights: the first layers of the demo's teachers alone solve its tasks.
+    # Random weights: the first layers of the demo's teachers alone would solve its tasks.
     : "${TRAIN=--splits train-clean-100 --init none --batch-size 16 --lr 2e-3 --max-seconds 1.6}"
     : "${PR=--steps 600 --eval-every 200 --batch-size 16}" "${SID=$PR}"
-    python -c "from demo import speech; speech.prepare(); speech.speakers()" || exit 2
+    python -c "from demo import speech; speech.prepare()" || exit 2
 elif [ $# -gt 0 ]; then
     echo "reproduce.sh: $1: unknown; settings are variables, see the top of the script" >&2
     exit 2
 fi
 
 DATA=${DATA-data/LibriSpeech}             # LibriSpeech, for PR and ASR
-AUDIO=${AUDIO-$DATA}                      # students are distilled on it: a folder or a manifest.tsv
+AUDIO=${AUDIO-$DATA}                      # audio for distillation: a folder or a manifest.tsv
 LEXICON=${LEXICON-data/librispeech-lexicon.txt}
 VOXCELEB=${VOXCELEB-data/VoxCeleb1}       # a folder, or a .csv for --manifest of superb.sid
 IEMOCAP=${IEMOCAP-data/IEMOCAP}           # a folder, or a .csv for --manifest of superb.er
 TEACHERS=${TEACHERS-hubert,robust_hubert,wavlm_plus}
 NAMES=${NAMES-HuBERT,RobustHuBERT,WavLM}  # of the teachers, in table and pictures
-HEADS=${HEADS-4,8,12}                     # layers; the student with one head predicts the last
+HEADS=${HEADS-4,8,12}                     # layers; avg-one-head predicts the last alone
 STEPS=${STEPS-200000}                     # of distillation
 SEEDS=${SEEDS-0}
 TASKS=${TASKS-pr sid er asr}
@@ -38,7 +39,7 @@ PAIRS=${PAIRS-yes}                        # students of two teachers; empty for 
 ROWS=${ROWS-}                             # folders of the rows to run; empty for all
 RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}   # learning rates of the probes
 TRAIN=${TRAIN-} PR=${PR-} SID=${SID-} ER=${ER-} ASR=${ASR-}    # more flags of the programs
-CACHE=${CACHE-}                           # folder for targets and features of one row at a time
+CACHE=${CACHE-}                           # folder of cached tensors; deleted after each row
 OUT=${OUT-runs/reproduce}
 PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 train=(python)
@@ -69,8 +70,8 @@ evaluate() {  # evaluate TASK FLAGS...
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
     local row=$1 cache=() folder upstream=$5 seed task
-    [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
     grep -q "^$row"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
+    [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
     [ -z "$CACHE" ] || cache=(--cache "$CACHE/reproduce/$row")
     for seed in $SEEDS; do
         folder=$OUT/$row/seed-$seed
@@ -120,8 +121,11 @@ row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
 
 results=() against=()
-for task in $TASKS; do results+=("$OUT"/*/seed-*/$task); done
-compgen -G "$OUT/avg/seed-*/*/result.json" >/dev/null && against=(--against "average of $count")
+for task in $TASKS; do
+    results+=("$OUT"/*/seed-*/$task)
+    compgen -G "$OUT/avg/seed-*/$task/result.json" >/dev/null &&
+        against=(--against "average of $count")
+done
 python -m superb.report "${results[@]}" "${against[@]}" --to "$OUT/results.md" \
     --picture "$OUT/results.svg" --layers "$OUT/layers.svg" || failed+=(report)
 if ((${#failed[@]})); then

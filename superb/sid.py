@@ -19,11 +19,10 @@ from torch import nn
 import data
 import probe
 
-SPLITS = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
+SPLIT_NAMES = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
 
 
 def parse(arguments=None):
-    """Settings from the command line. Raises ValueError if they are invalid."""
     defaults = {"data": "data/VoxCeleb1", "steps": 200_000, "eval_every": 4000}
     parser = probe.parser(__doc__, "sid", **defaults)
     parser.add_argument("--manifest", help="a .csv of path,label,split (train, dev or test)")
@@ -40,18 +39,18 @@ def read_voxceleb1(folder):
     rows = []
     for number, line in data.read_lines(table):
         split, _, audio = line.strip().partition(" ")
-        if split not in SPLITS or not audio:
+        if split not in SPLIT_NAMES or not audio:
             form = "1|2|3 SPEAKER/VIDEO/FILE.wav"
             raise ValueError(f"{table}, line {number}: not '{form}' but {line.strip()[:60]!r}")
         paths = [f"{root}/{audio}" for root in ("wav", "dev/wav", "test/wav")]  # as it unpacks
         found = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
         place = f"{table}, line {number}"
-        rows.append(((found or paths)[0], audio.split("/")[0], SPLITS[split], place))
+        rows.append(((found or paths)[0], audio.split("/")[0], SPLIT_NAMES[split], place))
     return rows
 
 
 def read_table(path, columns):
-    """[[value of each column, ..., place of the line]] of a .csv; blanks around them are cut."""
+    """[[value of each column, ..., place of the line]] of a .csv; values are stripped."""
     rows, header = [], None
     for number, line in data.read_lines(path):
         fields = [field.strip() for field in next(csv.reader([line]))]
@@ -72,7 +71,10 @@ def read_table(path, columns):
 
 
 def read_corpus(root, rows):
-    """The data.Corpus of rows (path, ..., place of the line); none is missing or named twice."""
+    """The data.Corpus of rows (path, ..., place of the line).
+
+    Raises ValueError if a file is missing or named twice.
+    """
     places = {}
     for path, *_, place in rows:
         file = os.path.realpath(os.path.join(root, path))
@@ -95,7 +97,7 @@ def make_split(name, corpus, rows, classes):
     indices = {path: i for i, path in enumerate(corpus.paths)}
     used = [row for row in rows if row[0] in indices]
     if not used:
-        raise ValueError(f"{corpus.root}: no utterances for {name}")
+        raise ValueError(f"{corpus.root or '.'}: no utterances for {name}")
     ids = [row[0] for row in used]
     labels = [torch.tensor(classes.index(row[1])) for row in used]
     skipped = {row[0]: corpus.skipped[row[0]] for row in rows if row[0] not in indices}
@@ -106,30 +108,30 @@ def read_splits(root, rows):
     """(speakers, [train, dev, test]) of rows (path, speaker, split, place of the line)."""
     speakers = sorted({speaker for _, speaker, split, _ in rows if split == "train"})
     for _, speaker, split, place in rows:
-        if split not in SPLITS.values():
+        if split not in SPLIT_NAMES.values():
             raise ValueError(f"{place}: the split {split!r} is none of train, dev, test")
         if speaker not in speakers:
             raise ValueError(f"{place}: the speaker {speaker} has no utterance to train on")
     corpus = read_corpus(root, rows)
-    parts = {name: [row for row in rows if row[2] == name] for name in SPLITS.values()}
+    parts = {name: [row for row in rows if row[2] == name] for name in SPLIT_NAMES.values()}
     return speakers, [make_split(name, corpus, parts[name], speakers) for name in parts]
 
 
-def mean_over_frames(states, frames, longest=None):
-    """Per utterance, the mean over frames, or over a random crop of `longest` frames.
+def mean_over_frames(states, frames, crop=None):
+    """Per utterance, the mean over frames, or over a random crop of `crop` frames.
 
     states: (..., batch, frames, dim); frames: (batch,). Returns (..., batch, dim). SUPERB pools
     after the weighted sum and the projection: both are linear, so pooling first is equal.
     """
     start = torch.zeros_like(frames)
-    if longest:
-        room = (frames - longest).clamp(min=0)
-        start = (torch.rand(len(frames)) * (room + 1)).long()
-        frames = frames.clamp(max=longest)
+    if crop:
+        last_start = (frames - crop).clamp(min=0)
+        start = (torch.rand(len(frames)) * (last_start + 1)).long()
+        frames = frames.clamp(max=crop)
     time = torch.arange(states.shape[-2])
     inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
-    share = (inside / frames[:, None]).to(states)
-    return torch.matmul(share[:, None], states)[..., 0, :]
+    weights = (inside / frames[:, None]).to(states)
+    return torch.matmul(weights[:, None], states)[..., 0, :]
 
 
 class MeanHead(nn.Module):
@@ -169,7 +171,7 @@ class Classification:
     def predict(self, logits, frames):
         return logits.argmax(-1).tolist()
 
-    def text(self, number):
+    def decode(self, number):
         return [self.symbols[number]]
 
     def count(self, references, hypotheses):
@@ -179,7 +181,6 @@ class Classification:
 
 
 def evaluate(args):
-    """The result of the upstream args.upstream, a dict."""
     with runs.one_line_errors():
         if args.manifest:
             rows = read_table(args.manifest, ["path", "label", "split"])

@@ -48,8 +48,8 @@ def test_characters_are_letters_apostrophe_and_blank(tmp_path):
     write_audio(tmp_path / "dev/1/1", [8000, 9000])
     (tmp_path / "dev/1/1/x.trans.txt").write_text("000 Don't go\n001 42 TIMES\n")
     task = program.SpeechRecognition(8)
-    split = evaluate_pr.read_split(str(tmp_path), "dev", task.spell)
-    assert split.ids == ["000"] and task.text(split.labels[0].tolist()) == ["DON'T", "GO"]
+    split = evaluate_pr.read_split(str(tmp_path), "dev", task.encode)
+    assert split.ids == ["000"] and task.decode(split.labels[0].tolist()) == ["DON'T", "GO"]
     assert list(split.skipped.values()) == ["characters 24"]
 
 

@@ -332,7 +332,7 @@ def test_noise_has_the_signal_to_noise_ratio_and_depends_on_the_numbers_only(tmp
     write_audio(tmp_path / "noise", [3000, 90000], seed=5)  # one repeated, one cropped
     write_audio(tmp_path / "noise" / "telephone", [20000], 8000, seed=6)
     clean = torch.randn(16000, generator=torch.Generator().manual_seed(0))
-    noise = data.Noise(tmp_path / "noise", [5, 5])
+    noise = data.Noise(tmp_path / "noise", [5])
     mixed = [noise.mix(clean, 0, 0, i) for i in range(30)]
     assert all(decibels(clean, x) == pytest.approx(5, abs=0.01) for x in mixed)
     assert torch.equal(mixed[7], noise.mix(clean, 0, 0, 7))
@@ -355,6 +355,8 @@ def test_batches_have_clean_and_noisy_waveforms_whatever_the_ranks(corpus, tmp_p
 
 def test_a_folder_without_noise_is_an_error_and_silence_adds_nothing(tmp_path):
     with pytest.raises(ValueError, match="no audio files"):
-        data.Noise(tmp_path, [5, 5])
+        data.Noise(tmp_path, [5])
+    with pytest.raises(ValueError, match=r"--snr \[9, 5\]"):
+        data.Noise(tmp_path, [9, 5])
     soundfile.write(tmp_path / "silent.wav", np.zeros(5000), 16000)
     assert torch.equal(data.Noise(tmp_path, [5, 5]).mix(torch.ones(800), 1), torch.ones(800))

@@ -92,30 +92,25 @@ def test_an_interrupted_corpus_is_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(speech, "write_corpus", lambda folder: write(folder, splits=SMALL_SPLITS))
     for _ in range(2):
         speech.prepare()
-        assert sorted(os.listdir(speech.DATA)) == ["dev-clean", "lexicon.txt", "train-clean-100"]
+        found = {"dev-clean", "train-clean-100", "lexicon.txt", "speakers.csv", "emotion"}
+        assert set(os.listdir(speech.DATA)) == found
         assert sorted(os.listdir("data")) == ["demo", "demo.lock"]
 
 
-def test_the_tables_have_speakers_and_emotions(demo, tmp_path, monkeypatch):
+def test_the_tables_have_speakers_and_emotions(demo, monkeypatch):
     monkeypatch.chdir(demo[0])
-    speech.speakers()
-    speech.emotions(f"{tmp_path}/emotions.csv")
-    with open(speech.SPEAKERS) as file:
+    with open(f"{speech.DATA}/speakers.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 240 and len({row["label"] for row in rows}) == 24
     assert {row["split"] for row in rows if row["label"] == "101"} == {"train", "dev", "test"}
     assert all(os.path.exists(f"{speech.DATA}/{row['path']}") for row in rows)
-    with open(tmp_path / "emotions.csv") as file:
+    with open(f"{speech.DATA}/emotion/emotions.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 100 and {row["label"] for row in rows} == {
-        "neutral",
-        "happy",
-        "sad",
-        "angry",
-    }
+    assert len(rows) == 100
+    assert {row["label"] for row in rows} == {"neutral", "happy", "sad", "angry"}
     for fold in "01234":
         assert len({row["path"][:3] for row in rows if row["fold"] == fold}) == 2
-    assert find_corpus(str(tmp_path), ["."]).samples.min() > 8000
+    assert find_corpus(f"{speech.DATA}/emotion", ["."]).samples.min() > 8000
 
 
 # ------------------------------------------------------------------ the teachers
@@ -164,7 +159,7 @@ def test_the_demo_learns_and_says_what_comes_next(demo):
     assert "python evaluate_pr.py --demo" in printed.splitlines()[-1]
     rows = metrics(folder / speech.RUN)
     assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    student = load_student(str(folder / speech.STUDENT))
+    student = load_student(str(folder / speech.RUN))
     assert student.head_names == ["layer2", "layer3", "layer4"]
 
 

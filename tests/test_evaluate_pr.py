@@ -160,7 +160,7 @@ def test_transcript_that_does_not_fit_the_audio_is_refused(corpus, tmp_path, ext
 def test_split_without_usable_transcripts_is_refused_with_the_reason(corpus):
     task = evaluate_pr.PhonemeRecognition({"HUND": ["HH", "UH1", "N", "D"]})
     with pytest.raises(ValueError, match="dev-clean: no utterance is usable: .*not in the lexicon"):
-        evaluate_pr.read_split(str(corpus), "dev-clean", task.spell)
+        evaluate_pr.read_split(str(corpus), "dev-clean", task.encode)
 
 
 # ------------------------------------------------------------------ CTC and edit distances

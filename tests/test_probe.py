@@ -153,7 +153,7 @@ def test_cached_states_are_reused_and_damaged_files_computed_again(
 
 def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
     task = evaluate_pr.PhonemeRecognition(evaluate_pr.read_lexicon([corpus / "lexicon.txt"]))
-    split = evaluate_pr.read_split(str(corpus), "test-clean", task.spell)
+    split = evaluate_pr.read_split(str(corpus), "test-clean", task.encode)
     network = upstream(upstreams / "hubert.pt")
     torch.manual_seed(0)
     model = probe.Probe(len(network.layers), task.head(network.dim))
@@ -348,7 +348,7 @@ def test_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
         ({"upstream": ""}, ["--upstream"]),
         ({"upstream": "nowhere.pt"}, ["nowhere.pt", "wavlm_plus"]),
         ({"upstream": "{upstreams}/other.pt"}, ["other.pt"]),
-        ({"upstream": "{upstreams}/hubert.pt", "states": "0,9"}, ["--states 9", "0 to 4"]),
+        ({"upstream": "{upstreams}/hubert.pt", "states": "0,9"}, ["--states [0, 9]", "0 to 4"]),
         ({"states": "1,x"}, ["--states", "1,x"]),
         ({"lr": "fast"}, ["--lr", "fast"]),
         ({"steps": 0}, ["--steps", "at least 1"]),

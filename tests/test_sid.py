@@ -14,7 +14,7 @@ from superb import sid
 @pytest.fixture(scope="module")
 def speakers(corpus):
     """A table of the six speakers of the synthetic corpus."""
-    speech.speakers(str(corpus / "speakers.csv"))
+    speech.write_tables(corpus)
     return corpus / "speakers.csv"
 
 
