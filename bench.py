@@ -116,7 +116,7 @@ def main(arguments=None):
             cache = Cache(f"{folder}/targets", corpus)
             sizes = [sum(dims) * (frames(samples) + 4) for samples in corpus.samples.tolist()]
             cache.fill(compute_cached, sizes, "targets", stop)
-            batches["step with cached targets"] = CachedTargets(cache, frames, len(corpus))
+            batches["step with cached targets"] = CachedTargets(cache, len(corpus))
         steps = range(WARMUP + args.steps)
         loaders, seconds = {}, {}
         for name, dataset in batches.items():

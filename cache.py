@@ -104,12 +104,13 @@ class CachedTargets(data.TrainBatches):
 
     crop_start_multiple = 320  # samples per frame
 
-    def __init__(self, cache, frames, *args):
-        """frames(samples): number of frames of the teachers; args: of TrainBatches."""
+    def __init__(self, cache, *args):
+        """args: of TrainBatches, after the corpus."""
         super().__init__(cache.corpus, *args)
-        self.cache, self.frames = cache, frames
+        self.cache = cache
 
     def example(self, epoch, i, position, samples):
         first = self.crop_start(i, position, samples) // self.crop_start_multiple
-        targets = dequantize(runs.load(self.cache.path(i)), first, self.frames(samples))
+        frames = (samples - data.MIN_SAMPLES) // self.crop_start_multiple + 1
+        targets = dequantize(runs.load(self.cache.path(i)), first, frames)
         return super().example(epoch, i, position, samples) | {"targets": targets}

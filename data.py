@@ -37,22 +37,21 @@ class Corpus:
 
     root: folder that paths are relative to; paths: the file per utterance.
     starts, samples: (utterances,) int64, first sample in the file, and length.
-    A file with one utterance, from sample 0, is used whole: its length must not change.
     skipped: {path: reason} of the files that were found but cannot be used.
+    pieces: the paths that are not used whole; the length of all others must not change.
     """
 
-    def __init__(self, root, paths, starts, samples, skipped=()):
+    def __init__(self, root, paths, starts, samples, skipped=(), pieces=()):
         self.root, self.paths, self.skipped = root, list(paths), dict(skipped)
         self.starts = np.asarray(starts, np.int64)
         self.samples = np.asarray(samples, np.int64)
-        self.counts = collections.Counter(self.paths)
+        self.files, self.pieces = set(self.paths), set(pieces)
 
     def __len__(self):
         return len(self.paths)
 
     def __str__(self):
-        files = f"{len(self.counts):,} files in {len(self):,} utterances"
-        return f"{files}, {self.hours():.2f} hours"
+        return f"{len(self.files):,} files in {len(self):,} utterances, {self.hours():.2f} hours"
 
     def hours(self):
         return self.samples.sum() / SAMPLE_RATE / 3600
@@ -60,14 +59,14 @@ class Corpus:
     def part(self, indices):
         """The Corpus of some of the utterances."""
         paths = [self.paths[i] for i in indices]
-        return Corpus(self.root, paths, self.starts[indices], self.samples[indices])
+        starts, samples = self.starts[indices], self.samples[indices]
+        return Corpus(self.root, paths, starts, samples, pieces=self.pieces)
 
     def read(self, i, start=0, samples=None):
         """Samples of utterance i, (samples,) float32. Raises as read_audio does."""
         if samples is None:
             samples = int(self.samples[i]) - start
-        whole = self.starts[i] == 0 and self.counts[self.paths[i]] == 1
-        file_samples = int(self.samples[i]) if whole else None
+        file_samples = None if self.paths[i] in self.pieces else int(self.samples[i])
         path = os.path.join(self.root, self.paths[i])
         return read_audio(path, int(self.starts[i]) + start, samples, file_samples)
 
@@ -124,7 +123,8 @@ class TrainBatches(torch.utils.data.Dataset):
         order = np.argsort(self.corpus.samples[used] * rng.uniform(0.95, 1.05, len(used)))
         utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
         crops = self.corpus.samples[utterances].min(axis=1)
-        crops = np.where(crops >= CROP_MULTIPLE, crops // CROP_MULTIPLE * CROP_MULTIPLE, crops)
+        rounded = crops // CROP_MULTIPLE * CROP_MULTIPLE
+        crops = np.where(rounded > 0, rounded, crops)  # shorter crops keep their length
         return utterances, crops, rng.random(len(self.corpus))
 
     def __getitem__(self, step):
@@ -140,6 +140,7 @@ class TrainBatches(torch.utils.data.Dataset):
         utterances, crops, positions = self.planned
         examples, paths, skipped = [], [], {}
         for place in self.share:
+            # The utterance at this place; if it is unreadable, the next one of the batch.
             for i in np.roll(utterances[row], -place).tolist():
                 try:
                     examples.append(self.example(epoch, i, positions[i], int(crops[row])))
@@ -249,11 +250,6 @@ def check_shared_memory(batch_bytes, workers):
 # ------------------------------------------------------------------ reading
 
 
-def encoded(path):
-    """A path for soundfile, which takes bytes if it is not UTF-8."""
-    return path if os.name == "nt" else os.fsencode(path)
-
-
 def resampled_length(samples, rate):
     """Length at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample returns it."""
     return -(-samples * SAMPLE_RATE // rate)
@@ -265,7 +261,7 @@ def read_length(path):
     Raises one of UNREADABLE, also for headers without a length: ffmpeg and others write 0 or
     2^63 - 1 if they write to a pipe.
     """
-    info = soundfile.info(encoded(path))
+    info = soundfile.info(os.fsencode(path))  # bytes, since a path may not be UTF-8
     if not 0 < info.frames < 10_000 * os.path.getsize(path):
         raise ValueError(f"a length of {info.frames} samples in its header; encode it again")
     return info.frames, info.samplerate
@@ -279,7 +275,7 @@ def read_audio(path, start=0, samples=None, file_samples=None):
     Raises one of UNREADABLE if the file cannot be read, has changed its length, ends too early
     or has samples that are not finite.
     """
-    with soundfile.SoundFile(encoded(path)) as file:
+    with soundfile.SoundFile(os.fsencode(path)) as file:
         rate = file.samplerate
         length = resampled_length(file.frames, rate)
         if file_samples not in (None, length):
@@ -317,7 +313,9 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     are skipped. "." as split is the whole folder. Raises FileNotFoundError and ValueError.
     """
     corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
-    longest = int(max_seconds * SAMPLE_RATE) if max_seconds else int(corpus.samples.max())
+    longest = int(corpus.samples.max())
+    if max_seconds:
+        longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
     if max_seconds and longest < 2 * MIN_SAMPLES:
         raise ValueError(f"--max-seconds {max_seconds} is less than two frames, 0.05")
     paths, starts, samples = [], [], []
@@ -325,7 +323,9 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
         if length < MIN_SAMPLES:
             corpus.skipped[path] = f"{length} samples, shorter than a frame"
             continue
-        pieces = -(-length // longest)
+        pieces = math.ceil(length / longest)
+        if pieces > 1:
+            corpus.pieces.add(path)
         edges = start + np.arange(pieces + 1) * length // pieces
         paths += [path] * pieces
         starts += edges[:-1].tolist()
@@ -333,7 +333,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     if not paths:
         raise ValueError(f"{data}: no audio to train on")
     warn_skipped(corpus.skipped)
-    return Corpus(corpus.root, paths, starts, samples, corpus.skipped)
+    return Corpus(corpus.root, paths, starts, samples, corpus.skipped, corpus.pieces)
 
 
 def scan(folder, splits):
@@ -343,8 +343,7 @@ def scan(folder, splits):
     root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
-            message = f"no such split (--splits), a sub-folder of {folder}"
-            raise FileNotFoundError(f"{os.path.join(folder, split)}: {message}")
+            raise FileNotFoundError(f"{os.path.join(folder, split)}: no such folder (--splits)")
         for path in files_under(root, split):
             ending = os.path.splitext(path)[1].lower()
             if ending in EXTENSIONS:
@@ -405,33 +404,35 @@ def read_lengths(root, paths):
 def read_manifest(path, moved_root=None):
     """The Corpus of a fairseq manifest: a root folder, then lines of `path<tab>samples`.
 
-    With three columns the second is the first sample, for parts of files. A relative root is
+    With three columns the second is the first sample, for pieces of files. A relative root is
     relative to the manifest; moved_root replaces the root if it is a folder.
     Raises FileNotFoundError and ValueError.
     """
-    rows, root = [], os.path.dirname(os.path.realpath(path))
+    rows, pieces, root = [], set(), os.path.dirname(os.path.realpath(path))
     for number, line in read_lines(path):
         name, *numbers = line.rstrip("\r\n").split("\t")
         if number == 1:
             root = os.path.join(root, name)
         elif len(numbers) in (1, 2) and all(re.fullmatch("[0-9]{1,15}", text) for text in numbers):
-            rows.append((name, int(numbers[0]) if len(numbers) == 2 else 0, int(numbers[-1])))
+            start, samples = numbers if len(numbers) == 2 else (0, numbers[0])
+            rows.append((name, int(start), int(samples)))
+            if len(numbers) == 2:
+                pieces.add(name)
         else:
-            raise ValueError(
-                f"{path}, line {number}: not 'path<tab>samples': {line.strip()[:60]!r}"
-            )
+            problem = f"not 'path<tab>samples': {line.strip()[:60]!r}"
+            raise ValueError(f"{path}, line {number}: {problem}")
     if not rows:
         raise ValueError(f"{path}: an empty manifest")
     if moved_root and os.path.isdir(moved_root):
         root = os.path.realpath(moved_root)
-    corpus = Corpus(root, *zip(*rows))
+    corpus = Corpus(root, *zip(*rows), pieces=pieces)
     # fairseq's wav2vec_manifest.py counts at the rate of the file: up to 100 files are checked.
     for i in np.unique(np.linspace(0, len(corpus) - 1, 100).astype(int)):
         try:
             samples, rate = read_length(os.path.join(root, corpus.paths[i]))
         except UNREADABLE:
             continue  # will be skipped with a warning
-        whole = corpus.counts[corpus.paths[i]] == 1
+        whole = corpus.paths[i] not in pieces
         if rate != SAMPLE_RATE and whole and samples == corpus.samples[i]:
             cause = f"{corpus.paths[i]} is counted at {rate} Hz, not 16 kHz"
             raise ValueError(f"{path}: {cause}; give --data the folder")
@@ -439,11 +440,12 @@ def read_manifest(path, moved_root=None):
 
 
 def write_manifest(path, corpus):
-    """Writes a Corpus for read_manifest, with three columns."""
+    """Writes a Corpus for read_manifest, with three columns for pieces of files, else two."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(f"{corpus.root}\n")
         for name, start, samples in zip(corpus.paths, corpus.starts, corpus.samples):
-            file.write(f"{name}\t{start}\t{samples}\n")
+            first = f"{start}\t" if name in corpus.pieces else ""
+            file.write(f"{name}\t{first}{samples}\n")
 
 
 def read_lines(path):

@@ -160,7 +160,7 @@ class SpeechEncoder(nn.Module):
         bias = self.relative_position(bucket + (offset > 0) * buckets).t()  # (heads, offsets)
         query = torch.arange(frames, device=device)[:, None]
         key = torch.arange(keys, device=device).clamp(max=frames - 1)
-        return bias[:, key - query + frames - 1]
+        return bias[:, key - query + frames - 1]  # column 0 is the offset 1 - frames
 
 
 class FeatureExtractor(nn.Module):
@@ -277,7 +277,8 @@ class SelfAttention(nn.Module):
     def forward(self, x, mask=None, bias=None):
         """mask: (batch, 1, 1, keys), False in the padding. bias: (heads, frames, keys)."""
         batch, frames, dim = x.shape
-        q, k, v = self.qkv(x).view(batch, frames, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(batch, frames, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, frames, dim of a head)
         if bias is not None:
             bias = bias.to(q.dtype)
             if self.gated:

@@ -112,8 +112,8 @@ def write_transformers(student, folder, about=None):
     c = student.encoder.config
     if os.path.isdir(folder) and os.listdir(folder):
         raise FileExistsError(f"{folder}: not empty; choose another folder")
-    if c.pos_depth:
-        raise ValueError("a student of data2vec's architecture cannot be exported as HuBERT")
+    if c.pos_depth or c.relative_buckets:
+        raise ValueError("data2vec's and WavLM's positions cannot be exported as HuBERT")
     config = {transformers: getattr(c, field) for field, _, transformers in SETTINGS}
     config |= {"architectures": ["HubertModel"], "model_type": "hubert"}
     channels, kernels, strides = zip(*c.conv_layers)

@@ -7,7 +7,6 @@ methods of PhonemeRecognition in evaluate_pr.py.
 import runs
 
 import contextlib
-import functools
 import json
 import math
 import os
@@ -39,16 +38,14 @@ def parser(description, task, **defaults):
     add("--out", help="folder of the run (default: beside a student.pt, else in runs/UPSTREAM)")
     add("--steps", type=runs.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=runs.count, default=32, help="utterances per step")
-    add(
-        "--lr", type=runs.numbers, default="1e-4", help="learning rates of Adam, one probe per rate"
-    )
-    add("--states", type=states, default="all", help="hidden states to use: all, last or 0,4,12")
+    add("--lr", type=runs.numbers, default="1e-4", help="Adam's learning rates, one probe per rate")
+    add("--states", type=state_numbers, default="all", help="hidden states: all, last or 0,4,12")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the upstream")
     add("--noise", metavar="DIR", help="mix noise of the files there into the test split")
     add("--snr", type=runs.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
     add("--cache", metavar="DIR", help="cache the hidden states there, for later runs too")
-    add("--workers", type=int, default=min(4, runs.cores()), help="data-loading workers")
-    add("--seed", type=int, default=0, help="of initial weights, order of the data, and dropout")
+    add("--workers", type=runs.whole, default=min(4, runs.cores()), help="data-loading workers")
+    add("--seed", type=runs.whole, default=0, help="of initial weights, data order and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of progress")
     add("--eval-every", type=runs.count, default=1000, help="steps between scores and checkpoints")
     add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
@@ -56,7 +53,7 @@ def parser(description, task, **defaults):
     return parser
 
 
-def states(text):
+def state_numbers(text):
     """Flag type: all, last, or numbers of hidden states."""
     return text if text in ("all", "last") else sorted({int(state) for state in text.split(",")})
 
@@ -71,11 +68,11 @@ def parse(parser, arguments):
     return parser.parse_args(arguments)
 
 
-def main(parse, evaluate, arguments):
-    """Runs a task: evaluate(args), or with --demo and no --upstream, four upstreams in turn."""
+def main(parse_flags, run_task, arguments):
+    """Runs a task: run_task(args), or with --demo and no --upstream, on four upstreams in turn."""
     runs.init()
     with runs.one_line_errors():
-        args = parse(arguments)
+        args = parse_flags(arguments)
         if args.demo:
             from demo import speech
 
@@ -83,7 +80,7 @@ def main(parse, evaluate, arguments):
         elif not args.upstream:
             raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
     if not args.upstream:
-        speech.compare(evaluate, args)
+        speech.compare(run_task, args)
         return
     if os.path.exists(os.path.join(args.upstream, "student.pt")):  # the folder of a run
         args.upstream = os.path.join(args.upstream, "student.pt")
@@ -91,7 +88,7 @@ def main(parse, evaluate, arguments):
     if name != "student.pt":
         folder = os.path.join("runs", os.path.splitext(name)[0])
     args.out = args.out or os.path.join(folder, args.task)
-    evaluate(args)
+    run_task(args)
 
 
 # ------------------------------------------------------------------ upstream and probe
@@ -146,10 +143,6 @@ class Upstream:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             found = self.encoder(waveform[None].to(self.device), layers=self.layers)
         return torch.cat(found).bfloat16()
-
-    def read(self, split, i):
-        """Hidden states of utterance i of a Split, on the CPU."""
-        return self(split.read(i)).cpu()
 
 
 def load_encoder(path, device):
@@ -214,7 +207,7 @@ class Split(torch.utils.data.Dataset):
             waveform = self.corpus.read(i)
             return self.noise.mix(waveform, i) if self.noise else waveform
         except data.UNREADABLE as error:
-            raise ValueError(f"{self.path(i)}: {error}; restore it, or remove its label") from None
+            raise ValueError(f"{self.path(i)}: {error}; restore it") from None
 
     def load(self, i):
         """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
@@ -230,7 +223,7 @@ class Split(torch.utils.data.Dataset):
 
 
 def compute_states(args, upstream, splits, stop):
-    """Computes all hidden states: for --cache, or for memory if they take less than half of it."""
+    """Fills --cache with all hidden states, or memory if they take less than half of it."""
     frame_bytes = 2 * len(upstream.layers) * upstream.dim
     missing = {}
     for split in splits:
@@ -238,7 +231,10 @@ def compute_states(args, upstream, splits, stop):
         if args.cache:
             name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
             split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
-            compute = functools.partial(upstream.read, split)
+
+            def compute(i, split=split):
+                return upstream(split.read(i)).cpu()
+
             split.cache.fill(compute, sizes, f"states of {split.name}", stop)
             data.check_shared_memory(args.batch_size * max(sizes), args.workers)
         else:
@@ -255,7 +251,7 @@ def compute_states(args, upstream, splits, stop):
     for split, i in missing:
         if stop.number:
             raise SystemExit(128 + stop.number)
-        upstream.memory[split.memory_key(i)] = upstream.read(split, i)
+        upstream.memory[split.memory_key(i)] = upstream(split.read(i)).cpu()
 
 
 def free_memory():
@@ -277,7 +273,7 @@ def load_states(upstream, split, plan, workers, stop):
     """
     split.memory = upstream.memory
     in_memory = split.memory_key(0) in upstream.memory
-    workers = 0 if in_memory else workers  # they would copy it
+    workers = 0 if in_memory else workers  # workers would copy the memory
     for items in data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop):
         items = [upstream(x) if x.dim() == 1 else x for x in items]
         items = [x.to(upstream.device, non_blocking=True) for x in items]
@@ -293,7 +289,7 @@ def load_states(upstream, split, plan, workers, stop):
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, chooses rate and step on `dev`, scores `test`.
 
-    All rates are trained on the same batches; each gives bit for bit what a run with it alone does.
+    All rates are trained on the same batches; each gives what it gives alone, bit for bit on a CPU.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
     args.precision = upstream.precision  # to be compared on resume
@@ -326,7 +322,7 @@ def evaluate(args, task, upstream, train, dev, test):
             probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
             probes.append(probe)
             optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
-        for module, state in zip(probes + optimizers, run["probes"] + run["optimizers"]):  # resumed
+        for module, state in zip(probes + optimizers, run["probes"] + run["optimizers"]):
             module.load_state_dict(state)
         started = time.monotonic() - run["seconds"]
         stop = runs.StopSignal()
@@ -340,7 +336,7 @@ def evaluate(args, task, upstream, train, dev, test):
 
     # ------------------------------ training
     print(f"{args.out}: from step {run['step']} of {args.steps}", flush=True)
-    epochs = range(-(-args.steps // batches.steps_per_epoch))
+    epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
     plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[run["step"] : args.steps]
     loader = load_states(upstream, train, plan, args.workers, stop)
     losses, since = [], time.monotonic()
@@ -422,8 +418,6 @@ def score(args, task, upstream, probes, split, stop):
     hypotheses = [[None] * len(order) for _ in probes]
     loader = load_states(upstream, split, plan, args.workers, stop)
     for indices, (states, frames) in zip(plan, loader):
-        if stop.number:
-            raise SystemExit(128 + stop.number)
         states = task.pool(states, frames, training=False)
         for probe, texts in zip(probes, hypotheses):
             predictions = task.predict(probe.eval()(states, frames), frames)

@@ -75,10 +75,8 @@ def init():
         store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
         store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
-    patience = datetime.timedelta(days=1)  # for a slow scan; torchrun detects dead ranks
-    dist.init_process_group(
-        backend, store=store, rank=RANK, world_size=WORLD_SIZE, timeout=patience
-    )
+    timeout = datetime.timedelta(days=1)  # for a slow scan; torchrun detects dead ranks
+    dist.init_process_group(backend, timeout=timeout, world_size=WORLD_SIZE, rank=RANK, store=store)
 
 
 def enough_gpus():
@@ -146,15 +144,16 @@ def gather(value):
 class StopSignal:
     """Records SIGTERM and Ctrl-C, so that the current step is finished and saved."""
 
+    number = 0  # of the class: a signal between two runs of a process ends the second
+
     def __init__(self):
-        self.number = 0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.record)
 
     def record(self, number, frame):
         if self.number and number == signal.SIGINT:  # a second Ctrl-C
             raise KeyboardInterrupt
-        self.number = number
+        StopSignal.number = number
 
     def received(self):
         """The signal's number if any rank received one, else 0; for all ranks the same."""
@@ -178,16 +177,24 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def count(text):
+def count(text, lowest=1):
     """Flag type: a whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
+    if int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text}: must be at least {lowest}")
     return int(text)
+
+
+def whole(text):
+    """Flag type: a whole number from 0."""
+    return count(text, lowest=0)
 
 
 def names(text):
     """Flag type: names or paths separated by commas."""
-    return [name.strip() for name in text.split(",") if name.strip()]
+    found = [name.strip() for name in text.split(",") if name.strip()]
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r}: nothing is named")
+    return found
 
 
 def numbers(text):
@@ -206,10 +213,11 @@ def one_line_errors():
         yield
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
-    message = next(filter(None, gather(message)), None)
-    if message:
+    messages = [text for text in gather(message) if text]
+    if messages:
         if RANK == 0:
-            print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr, flush=True)
+            program = os.path.basename(sys.argv[0])
+            print(f"{program}: {messages[0]}", file=sys.stderr, flush=True)
         gather(None)  # torchrun ends all ranks as soon as one exits
         sys.exit(2)
 

@@ -3,9 +3,7 @@
     teacher = load_teacher("hubert")                  # or a path
     states = teacher(waveforms, layers=[4, 8, 12])    # three of (batch, frames, dim)
 
-Papers: HuBERT arXiv:2106.07447, WavLM arXiv:2110.13900, wav2vec 2.0 arXiv:2006.11477,
-data2vec arXiv:2202.03555, DistilHuBERT arXiv:2110.01900, RobustHuBERT as in arXiv:2302.12757.
-Needs torch, encoder.py and runs.py.
+Needs torch, numpy, encoder.py and runs.py. Papers: see encoder.py; RobustHuBERT arXiv:2302.12757.
 """
 
 import runs
@@ -19,7 +17,6 @@ import os
 import pickletools
 import re
 import socket
-import sys
 import zipfile
 
 import torch
@@ -68,9 +65,15 @@ def digest(encoder):
 
 def short_names(paths):
     """A name per teacher: that of the file without its ending, numbered if it occurs again."""
-    stems = [os.path.splitext(os.path.basename(os.path.normpath(path)))[0] for path in paths]
-    counts = [stems[: i + 1].count(stem) for i, stem in enumerate(stems)]
-    return [stem if n == 1 else f"{stem}-{n}" for stem, n in zip(stems, counts)]
+    names = []
+    for path in paths:
+        name = stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+        number = 1
+        while name in names:
+            number += 1
+            name = f"{stem}-{number}"
+        names.append(name)
+    return names
 
 
 def layers_per_teacher(layers, teachers, names):
@@ -100,7 +103,7 @@ def check_frames(teachers, names):
 # ------------------------------------------------------------------ weights
 
 # A weight's name in this code, in fairseq (also s3prl and Microsoft), and in transformers.
-CONV, POSITION = "feature_extractor.conv_layers", "encoder.pos_conv"
+CONV, POSITION, L = "feature_extractor.conv_layers", "encoder.pos_conv", "encoder.layers.{i}."
 NAMES = [
     ("feature_extractor.convs.{i}", CONV + ".{i}.0", CONV + ".{i}.conv"),
     ("feature_extractor.norms.{i}", CONV + ".{i}.2", CONV + ".{i}.layer_norm"),
@@ -109,20 +112,16 @@ NAMES = [
     ("positional_embedding.convs.{i}", POSITION + ".{i}.0", POSITION + "_embed.layers.{i}.conv"),
     ("positional_embedding.conv", POSITION + ".0", POSITION + "_embed.conv"),
     ("norm", "encoder.layer_norm", "encoder.layer_norm"),
+    ("layers.{i}.attention.gate", L + "self_attn.grep_linear", L + "attention.gru_rel_pos_linear"),
+    ("layers.{i}.attention.gate_scale", L + "self_attn.grep_a", L + "attention.gru_rel_pos_const"),
+    ("layers.{i}.attention.qkv", L + "self_attn.in_proj", L + "attention.in_proj"),
+    ("layers.{i}.attention.{x}", L + "self_attn.{x}_proj", L + "attention.{x}_proj"),  # q, k, ...
+    ("layers.{i}.attention_norm", L + "self_attn_layer_norm", L + "layer_norm"),
+    ("layers.{i}.ffn_in", L + "fc1", L + "feed_forward.intermediate_dense"),
+    ("layers.{i}.ffn_out", L + "fc2", L + "feed_forward.output_dense"),
+    ("layers.{i}.ffn_norm", L + "final_layer_norm", L + "final_layer_norm"),
+    ("relative_position", L + "self_attn.relative_attention_bias", L + "attention.rel_attn_embed"),
 ]
-LAYER_NAMES = [
-    ("layers.{i}.attention.gate", "self_attn.grep_linear", "attention.gru_rel_pos_linear"),
-    ("layers.{i}.attention.gate_scale", "self_attn.grep_a", "attention.gru_rel_pos_const"),
-    ("layers.{i}.attention.qkv", "self_attn.in_proj", "attention.in_proj"),
-    ("layers.{i}.attention.{x}", "self_attn.{x}_proj", "attention.{x}_proj"),  # q, k, v, out
-    ("layers.{i}.attention_norm", "self_attn_layer_norm", "layer_norm"),
-    ("layers.{i}.ffn_in", "fc1", "feed_forward.intermediate_dense"),
-    ("layers.{i}.ffn_out", "fc2", "feed_forward.output_dense"),
-    ("layers.{i}.ffn_norm", "final_layer_norm", "final_layer_norm"),
-    ("relative_position", "self_attn.relative_attention_bias", "attention.rel_attn_embed"),
-]
-for name, *official in LAYER_NAMES:
-    NAMES.append((name, *("encoder.layers.{i}." + there for there in official)))
 FORMS = {"fairseq": 1, "transformers": 2}  # columns of NAMES
 
 
@@ -133,7 +132,8 @@ def translate(name, source, target):
         pattern = pattern.replace(r"\{x\}", "(?P<x>[a-z]+)") + r"(?P<kind>(\..+)?)"
         match = re.fullmatch(pattern, name)
         if match:
-            return row[target].format(**{"i": 0, **match.groupdict()}) + match["kind"]
+            found = {"i": 0} | match.groupdict()  # the position bias is stored in layer 0
+            return row[target].format(**found) + found["kind"]
     return name
 
 
@@ -170,15 +170,15 @@ def rename(path, official):
             name = re.sub(r"^encoder\.feature_", "feature_", name)
             name = name.replace(".attention.attention.", ".attention.")
             name = name.replace(".in_proj_", ".in_proj.")
+            name = name.replace("parametrizations.weight.original0", "weight_g")
+            name = name.replace("parametrizations.weight.original1", "weight_v")
             weights[translate(name, FORMS[form], 0)] = weight
 
-    conv = "positional_embedding.conv."
-    original = conv + "parametrizations.weight.original"
-    for g, v in [(conv + "weight_g", conv + "weight_v"), (original + "0", original + "1")]:
-        if g in weights and v in weights and weights[v].dim() == 3:  # fold weight normalisation
-            magnitude, direction = weights.pop(g).float(), weights.pop(v).float()
-            norm = direction.norm(dim=(0, 1), keepdim=True)
-            weights[conv + "weight"] = magnitude * direction / norm
+    g, v = "positional_embedding.conv.weight_g", "positional_embedding.conv.weight_v"
+    if g in weights and v in weights and weights[v].dim() == 3:  # fold weight normalisation
+        magnitude, direction = weights.pop(g).float(), weights.pop(v).float()
+        norm = direction.norm(dim=(0, 1), keepdim=True)
+        weights["positional_embedding.conv.weight"] = magnitude * direction / norm
     return form, weights
 
 
@@ -207,6 +207,8 @@ def encoder_config(path, form, weights, settings):
     for name in ("activation_fn", "hidden_act", "feat_extract_activation"):
         if isinstance(settings.get(name), str) and settings[name] != "gelu":
             raise ValueError(f"{path}: {name} is {settings[name]}; only gelu is supported")
+    if settings.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise ValueError(f"{path}: layer_norm_eps is {settings['layer_norm_eps']}, not 1e-5")
     (dim,) = shape("norm.weight", 1)
     ffn_dim, _ = shape("layers.0.ffn_in.weight", 2)
     number = count("feature_extractor.convs.*.weight")
@@ -246,9 +248,9 @@ def encoder_config(path, form, weights, settings):
         normalize=setting(bool, "normalize", "do_normalize", large),
     )
     assumed.pop("num_hidden_layers", None)  # counted
-    if assumed and runs.RANK == 0:
+    if assumed:
         text = ", ".join(f"{name} {value}" for name, value in assumed.items())
-        print(f"{path}: not in its configuration, so assumed: {text}", file=sys.stderr)
+        runs.warn(f"{path}: not in its configuration, so assumed: {text}")
     return config
 
 
@@ -277,6 +279,7 @@ def load_weights(encoder, path, form, weights):
 # Classes in a fairseq checkpoint that become Placeholders; nothing of them is run.
 PLACEHOLDERS = re.compile(
     r"(fairseq|fairseq_cli|omegaconf|examples|typing|pathlib)\.|argparse\.Namespace$|"
+    r"collections\.defaultdict$|builtins\.(dict|list|tuple|str|int|float|bool|bytes|type)$|"
     r"_codecs\.encode$|numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray)"
 )
 
@@ -296,8 +299,11 @@ def plain(settings):
         settings = vars(settings).get("_content", vars(settings))
     if not isinstance(settings, dict):
         return {}
-    nodes = {name: x for name, x in settings.items() if isinstance(x, Placeholder)}
-    return settings | {name: vars(node).get("_val", node) for name, node in nodes.items()}
+    found = {}
+    for name, value in settings.items():
+        is_node = isinstance(value, Placeholder)  # omegaconf wraps every value in a node
+        found[name] = vars(value).get("_val", value) if is_node else value
+    return found
 
 
 def read_checkpoint(path):
@@ -318,7 +324,6 @@ def read_checkpoint(path):
         weights = content["Distiller"]
         settings = {"layer_norm_first": False, "normalize": False}
         settings |= plain(plain(content.get("Config")).get("distiller"))
-        settings["conv_feature_layers"] = settings.get("extractor_conv_feature_layers")
     elif isinstance(content.get("model"), dict):  # fairseq; args and Microsoft's cfg are flat
         weights = content["model"]
         settings = plain(content.get("cfg")) or plain(content.get("args"))
@@ -333,7 +338,7 @@ def read_checkpoint(path):
             settings |= found.get("feature_extractor", found)  # nested since transformers 5
         if settings.get("model_type") == "data2vec-audio":
             settings["do_stable_layer_norm"] = False
-    text = settings.get("conv_feature_layers")
+    text = settings.get("conv_feature_layers") or settings.get("extractor_conv_feature_layers")
     if isinstance(text, str):  # such as "[(512,10,5)] + [(512,3,2)] * 4"
         strides = settings["conv_stride"] = []
         for group, times in re.findall(r"\[(.*?)\](?:\s*\*\s*(\d+))?", text):
@@ -354,8 +359,9 @@ def read_json(path):
 def read_file(path):
     """The content of a file of torch.save or safetensors; raises ValueError if it is damaged."""
     with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":
-            return read_safetensors(path)
+        start = file.read(9)
+    if start[8:] == b"{":  # safetensors: 8 bytes of length, then a JSON header
+        return read_safetensors(path)
     classes = []
     with contextlib.suppress(Exception), open(path, "rb") as file:  # runs.load reports damage
         if zipfile.is_zipfile(path):
@@ -363,6 +369,7 @@ def read_file(path):
         else:  # before torch 1.6: pickles of magic number, protocol, system and content
             steps = (step for _ in range(4) for step in pickletools.genops(file))
             classes = [name.replace(" ", ".") for op, name, _ in steps if op.name == "GLOBAL"]
+            classes = [name.replace("__builtin__", "builtins") for name in classes]
     classes = [(Placeholder, name) for name in classes if PLACEHOLDERS.match(name)]
     try:
         with torch.serialization.safe_globals(classes):
@@ -401,8 +408,8 @@ def download(url):
     try:
         os.makedirs(folder, exist_ok=True)
         lock = FileLock(f"{path}.lock").acquire()
-    except OSError as error:
-        problem = f"cannot be written ({error.strerror})"
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        problem = f"cannot be written or locked ({error})"
         raise OSError(f"{folder}: {problem}; set TORCH_HOME to another folder") from None
     with lock:
         if os.path.exists(path):  # downloaded by another process

@@ -53,7 +53,7 @@ def parse(arguments=None):
     add("--splits", type=runs.names, default=",".join(data.LIBRISPEECH_960),
         help="sub-folders of --data; . is the whole folder")
     add("--out", help="folder of the run; runs/AGG if not given")
-    add("--steps", type=int, default=200_000, help="optimizer steps; 0 saves the initial student")
+    add("--steps", type=runs.whole, default=200_000, help="optimizer steps; 0: no training")
     add("--batch-size", type=runs.count, default=24, help="utterances per step, over all processes")
     add("--accumulate", type=runs.count, default=1, help="gradient accumulation steps")
     add("--lr", type=float, default=2e-4, help="peak learning rate of AdamW")
@@ -70,9 +70,10 @@ def parse(arguments=None):
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="mixed precision; auto is bf16 if the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
-    add("--workers", type=int, default=min(4, max(1, runs.cores() // runs.LOCAL_WORLD_SIZE)),
+    add("--workers", type=runs.whole,
+        default=min(4, max(1, runs.cores() // runs.LOCAL_WORLD_SIZE)),
         help="data-loading workers per process")
-    add("--seed", type=int, default=0, help="seed of initial weights, data order and dropout")
+    add("--seed", type=runs.whole, default=0, help="of initial weights, data order and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of metrics")
     add("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
     add("--tensorboard", action="store_true", help="log to TensorBoard, a package of its own")
@@ -98,7 +99,8 @@ def parse_layers(text):
     """[4, 8, 12] from "4,8,12"; from "4,8,12/8,16,24" one such list per teacher."""
     lists = [[int(layer) for layer in part.split(",")] for part in text.split("/")]
     for found in lists:
-        if min(found) < 1 or not len(set(found)) == len(found) == len(lists[0]):
+        is_repeated = len(set(found)) < len(found)
+        if min(found) < 1 or is_repeated or len(found) != len(lists[0]):
             message = f"{text}: layers count from 1, each once, equally many per teacher"
             raise argparse.ArgumentTypeError(message)
     return lists if len(lists) > 1 else lists[0]
@@ -121,8 +123,7 @@ def compute_targets(teachers, layers_of, agg, waveforms):
 def adamw(student, weight_decay):
     """The optimizer; its learning rate is set at every step."""
     betas = (0.9, 0.98)
-    parameters = student.parameters()
-    return torch.optim.AdamW(parameters, 0, betas, 1e-6, weight_decay, fused=True)
+    return torch.optim.AdamW(student.parameters(), 0, betas, 1e-6, weight_decay, fused=True)
 
 
 def compile_networks(networks):
@@ -174,18 +175,20 @@ def main(arguments=None):
         dims = [dim for _, dim in heads]
         digests = dict(zip(names, map(digest, teachers)))
         torch.manual_seed(args.seed)
-        config = teachers[0].config
-        config = student_config(config, args.student_layers, args.dropout, args.student_dim)
-        student = Student(config, heads)
+        sizes = (args.student_layers, args.dropout, args.student_dim)
+        student = Student(student_config(teachers[0].config, *sizes), heads)
         if args.init == "first":
             initialise(student, teachers[0])
         if checkpoint:
-            runs.check_same(args.out, checkpoint["teachers"], digests)
+            before = checkpoint["teachers"]  # {name: digest}, in the order of --teachers
+            before = {"--teachers": list(before)} | before
+            runs.check_same(args.out, before, {"--teachers": names} | digests)
             student.load_state_dict(checkpoint["student"])
         share = args.batch_size // WORLD_SIZE  # utterances per process
         per_sample = 1 + bool(args.noise) + bool(args.cache) * sum(dims) / 320  # float32 values
         longest = int(corpus.samples.max())
-        data.check_shared_memory(4 * per_sample * longest * share, args.workers)
+        batch_bytes = 4 * per_sample * longest * share
+        data.check_shared_memory(batch_bytes * runs.LOCAL_WORLD_SIZE, args.workers)
         noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
         batching = (args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
         batches = data.TrainBatches(corpus, *batching)
@@ -210,7 +213,7 @@ def main(arguments=None):
         cache = Cache(os.path.join(args.cache, f"targets-{args.agg}-{name}"), corpus)
         sizes = [sum(dims) * (frames(samples) + 4) for samples in corpus.samples.tolist()]
         cache.fill(compute_cached, sizes, "targets", stop)
-        batches = CachedTargets(cache, frames, *batching)
+        batches = CachedTargets(cache, *batching)
         teachers = []  # frees their memory
 
     # ------------------------------------------------------------------ optimizer and DDP
@@ -273,7 +276,7 @@ def main(arguments=None):
         if last or step % args.log_every == 0 or step == start + 1:
             for found in runs.gather(skipped):
                 skipped |= found
-            data.check_skipped(skipped, len(corpus.counts))  # over 1% is an error on all ranks
+            data.check_skipped(skipped, len(corpus.files))  # over 1% is an error on all ranks
             means = torch.stack(runs.gather(torch.stack(terms).mean(0).cpu())).mean(0)
             if RANK == 0:
                 log.write(step, means, lr, float(norm), samples / data.SAMPLE_RATE)
@@ -284,7 +287,8 @@ def main(arguments=None):
             raise SystemExit(128 + stopping)  # the same command resumes
 
     if RANK == 0:
-        if not os.path.exists(os.path.join(args.out, "student.pt")):  # --steps 0, or deleted
+        is_initial = not checkpoint and args.steps == 0
+        if is_initial or not os.path.exists(os.path.join(args.out, "student.pt")):
             save(args, start, student, optimizer, settings, digests)
         print(f"{args.out}/student.pt: the student", flush=True)
         if args.demo:
@@ -349,9 +353,8 @@ def write_config(args, heads):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed
         commit = ""
-    config = {"settings": vars(args), "heads": [name for name, _ in heads]}
-    config |= {"processes": WORLD_SIZE, "torch": torch.__version__}
-    config["commit"] = commit or "not recorded"
+    config = {"settings": vars(args), "heads": [name for name, _ in heads], "processes": WORLD_SIZE}
+    config |= {"torch": torch.__version__, "commit": commit or "not recorded"}
     runs.write_text(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
 
 

@@ -79,7 +79,8 @@ def compare(evaluate, args):
     lines = ["\t".join([row, *names]) + "\n" for row, names in ROWS.items()]
     runs.write_text(f"{folder}/rows.tsv", "".join(lines))
     table = []
-    for (row, (_, name)), upstream in zip(ROWS.items(), upstreams):
+    for row, upstream in zip(ROWS, upstreams):
+        name = ROWS[row][1]
         print(f"\n{name}", flush=True)
         settings = vars(args) | {"upstream": upstream, "out": f"{folder}/{row}/{args.task}"}
         result = evaluate(argparse.Namespace(**settings))

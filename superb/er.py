@@ -75,7 +75,7 @@ def read_folds(root, rows, seed):
 
 
 def evaluate(args):
-    """The result of the upstream args.upstream, a dict, from the results in OUT/fold-NAME."""
+    """The result of args.upstream, a dict: the mean over the results in OUT/fold-NAME."""
     with runs.one_line_errors():
         if args.manifest:
             rows = read_table(args.manifest, ["path", "label", "fold"])
@@ -96,7 +96,6 @@ def evaluate(args):
 
     accuracies = [result["accuracy"] for result in results]
     weights = [result["layer_weights"] for result in results]
-    seconds = sum(result["seconds"] for result in results)
     result = {name: results[0][name] for name in ("task", "metric", "upstream", "noise", "torch")}
     result["accuracy"] = float(np.mean(accuracies))
     result["interval"] = probe.bootstrap(*map(task.count, *texts.values()))
@@ -104,7 +103,7 @@ def evaluate(args):
     result["folds"] = dict(zip(folds, accuracies))
     result["held_out"] = {fold: test.ids for fold, (_, _, test) in folds.items()}
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
-    result["seconds"] = seconds
+    result["seconds"] = sum(fold["seconds"] for fold in results)
     result["counts"] = {"test": {"utterances": sum(map(len, texts["test.ref"]))}}
     result["settings"] = vars(args)
     for name, found in texts.items():

@@ -173,9 +173,10 @@ def best_score(rows, task):
 def describe_sample(rows, task):
     """Such as "2,500 utterances, 1 to 3 seeds"."""
     seeds = [row.results[task] for row in rows if task in row.results]
-    *_, test = next(iter(seeds[0].values()))["counts"].values()
+    result = next(iter(seeds[0].values()))
+    test = list(result["counts"].values())[-1]  # train, dev, test
     counts = sorted({len(results) for results in seeds})
-    number = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
+    number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{test['utterances']:,} utterances, {number} seed{'' if number == '1' else 's'}"
 
 
@@ -206,7 +207,8 @@ def table(rows, against=None):
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ""
     for line in lines:
-        text += f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths))} |\n"
+        entries = [entry.ljust(width) for entry, width in zip(line, widths)]
+        text += f"| {' | '.join(entries)} |\n"
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
     text += f"\nPercent; 95% intervals are over utterances and seeds. Test sets: {samples}. "
     return text + "Bold: the best of a task; differences whose interval excludes 0.\n"

@@ -17,7 +17,8 @@ if [ "${1-}" = --demo ]; then
     : "${OUT=runs/demo-reproduce}" "${CACHE=$OUT/cache}"
     # Random weights: the first layers of the demo's teachers alone would solve its tasks.
     : "${TRAIN=--splits train-clean-100 --init none --batch-size 16 --lr 2e-3 --max-seconds 1.6}"
-    : "${PR=--steps 600 --eval-every 200 --batch-size 16}" "${SID=$PR}"
+    : "${PR=--steps 600 --eval-every 200 --batch-size 16}" "${SID=$PR}" "${ER=$PR}"
+    : "${ASR=$PR --hidden 64}" "${IEMOCAP=data/demo/emotion/emotions.csv}"
     python -c "from demo import speech; speech.prepare()" || exit 2
 elif [ $# -gt 0 ]; then
     echo "reproduce.sh: $1: unknown; settings are variables, see the top of the script" >&2
@@ -47,6 +48,8 @@ train=(python)
 train+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
 failed=()
 
+trap 'exit 130' INT  # torchrun does not end with it
+
 part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME.log
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
     "${@:2}" >>"$log" 2>&1 && echo "$name: $((SECONDS - start)) s" && return
@@ -65,14 +68,15 @@ evaluate() {  # evaluate TASK FLAGS...
         er) data=(--data "$IEMOCAP") ;;
     esac
     [[ ${data[1]} == *.csv ]] && data[0]=--manifest
-    python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more} "${@:2}"
+    python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:2}"  # ${!more}: $PR, $SID ...
 }
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
     local row=$1 cache=() folder upstream=$5 seed task
+    local scratch=$CACHE/reproduce/${OUT//\//.}.${SEEDS// /.}/$row  # of this run alone
     grep -q "^$row"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
     [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
-    [ -z "$CACHE" ] || cache=(--cache "$CACHE/reproduce/$row")
+    [ -z "$CACHE" ] || cache=(--cache "$scratch")
     for seed in $SEEDS; do
         folder=$OUT/$row/seed-$seed
         if [ "$4" = train ]; then
@@ -85,7 +89,7 @@ row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train T
                 --out "$folder/$task" "${cache[@]}"
         done
     done
-    [ -z "$CACHE" ] || rm -rf "$CACHE/reproduce/$row"
+    [ -z "$CACHE" ] || rm -rf "$scratch"
 }
 
 mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
@@ -121,7 +125,8 @@ row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
 
 results=() against=()
-for task in $TASKS; do
+for task in pr sid er asr; do
+    [[ " $TASKS " == *" $task "* ]] || compgen -G "$OUT/*/seed-*/$task" >/dev/null || continue
     results+=("$OUT"/*/seed-*/$task)
     compgen -G "$OUT/avg/seed-*/$task/result.json" >/dev/null &&
         against=(--against "average of $count")

@@ -230,6 +230,7 @@ def on_cpu(program, arguments):
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
         runs.locks.clear()  # as at the end of a process
+        runs.StopSignal.number = 0
 
 
 def refused(capsys, program, arguments):

@@ -98,16 +98,22 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
 def test_long_files_are_used_in_equal_pieces_that_join_to_the_file(tmp_path, rate):
     write_audio(tmp_path, [rate, 5 * rate], rate=rate)
     found = find_corpus(tmp_path, ["."], max_seconds=1.5)
-    assert found.paths == ["000.flac"] + ["001.flac"] * 4 and len(found.counts) == 2
+    assert found.paths == ["000.flac"] + ["001.flac"] * 4 and len(found.files) == 2
     assert found.starts.tolist() == [0, 0, 20000, 40000, 60000]
     assert found.samples.tolist() == [16000] + [20000] * 4
     data.write_manifest(tmp_path / "list.tsv", found)
     listed = read_manifest(tmp_path / "list.tsv")
     joined = torch.cat([listed.read(i) for i in range(1, 5)])
-    part = Corpus(listed.root, listed.paths[1:3], listed.starts[1:3], listed.samples[1:3])
-    assert torch.equal(part.read(1), listed.read(2))  # a list of parts need not be complete
+    lines = (tmp_path / "list.tsv").read_text().splitlines(keepends=True)
+    assert lines[1].count("\t") == 1 and lines[2].count("\t") == 2
+    for used in (2, 3):  # the first piece of a file alone; its first two
+        (tmp_path / "part.tsv").write_text("".join([lines[0], *lines[2 : 1 + used]]))
+        assert torch.equal(
+            read_manifest(tmp_path / "part.tsv").read(used - 2), listed.read(used - 1)
+        )
     whole = read_audio(tmp_path / "001.flac")
     assert (joined - whole).abs().max() < 1e-5
+    assert len(find_corpus(tmp_path, ["."], max_seconds=float("inf"))) == 2
     with pytest.raises(ValueError, match="--max-seconds"):
         find_corpus(tmp_path, ["."], max_seconds=0.01)
 
@@ -192,7 +198,7 @@ def test_damaged_audio_raises_an_error_with_the_cause(tmp_path, damage):
         soundfile.write(path, np.zeros(9000), 15999)
     causes = {"replaced": "has 9000 samples at 16 kHz, expected 8000", "nan": "not finite"}
     causes["odd rate"] = "15999 Hz"
-    with pytest.raises((ValueError, soundfile.SoundFileError), match=causes.get(damage, "")):
+    with pytest.raises((ValueError, soundfile.SoundFileError), match=causes.get(damage)):
         read_audio(path, file_samples=8000 if damage == "replaced" else None)
 
 

@@ -161,7 +161,7 @@ def test_cached_targets_are_those_of_the_crop(small, tmp_path):
         return {"values": waveform[starts, None], "scale": torch.ones(1)}
 
     filled.fill(compute, [1] * len(small), "targets", NoSignal())
-    batches = cache.CachedTargets(filled, frames, 4)
+    batches = cache.CachedTargets(filled, 4)
     positions = set()
     for step in range(6):
         batch = batches[step]

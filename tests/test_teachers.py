@@ -1,6 +1,7 @@
 """teachers.py: every official form, damaged and foreign files, downloads."""
 
 import argparse
+import collections
 import enum
 import http.server
 import multiprocessing
@@ -176,6 +177,24 @@ def older_args(content):
     return {"args": settings, "cfg": None, "model": content["model"]}
 
 
+def hydra(content):
+    """fairseq's form of 2020: the configuration is an omegaconf container of nodes."""
+    module = sys.modules["omegaconf"] = types.ModuleType("omegaconf")
+    for name in ("DictConfig", "AnyNode"):
+        setattr(module, name, type(name, (), {"__module__": "omegaconf"}))
+
+    def node(value):
+        found = module.DictConfig() if isinstance(value, dict) else module.AnyNode()
+        found._metadata = {"object_type": dict, "cache": collections.defaultdict(dict)}
+        if isinstance(value, dict):
+            found._content = {name: node(x) for name, x in value.items()}
+        else:
+            found._val = value
+        return found
+
+    return content | {"cfg": node(content["cfg"])}
+
+
 def half(content):
     return content | {"model": {name: weight.half() for name, weight in content["model"].items()}}
 
@@ -188,6 +207,7 @@ def half(content):
         (pretraining, LARGE),
         (pretraining, {"conv_norm": "layer", "pos_depth": 3, "pos_kernel": 19}),
         (older_args, {"heads": 6, **LARGE}),
+        (hydra, {"heads": 6, **LARGE}),
         (half, {}),
     ],
 )
@@ -242,6 +262,7 @@ def test_do_normalize_of_a_transformers_folder_is_read(file, text, tmp_path, cap
 def test_names_digests_and_layers_of_several_teachers():
     names = teachers.short_names(["hubert", "a/hubert.pt", "wavlm_plus", "b/hubert.pt", "folder/"])
     assert names == ["hubert", "hubert-2", "wavlm_plus", "hubert-3", "folder"]
+    assert teachers.short_names(["hubert.pt", "hubert-2.pt", "b/hubert.pt"])[2] == "hubert-3"
     encoder, deeper = random_encoder(), random_encoder(layers=6)
     before = teachers.digest(encoder)
     assert before == teachers.digest(random_encoder()) != teachers.digest(random_encoder(seed=1))

@@ -219,7 +219,7 @@ def test_metrics_have_every_heads_terms_and_add_up(job, reference):
     assert config["heads"] == ["layer2", "layer4"] and config["settings"]["steps"] == 20
     assert re.fullmatch("[0-9a-f]{40}(-dirty)?|not recorded", config["commit"])
     listed = (job / "one" / "manifest.tsv").read_text().splitlines()
-    assert listed[0] == str(job / "audio") and listed[1].split("\t")[1:] == ["0", "6000"]
+    assert listed[0] == str(job / "audio") and listed[1].split("\t")[1:] == ["6000"]
 
 
 @pytest.mark.parametrize("agg", ["avg", "concat", "none"])
@@ -364,6 +364,10 @@ def test_other_settings_and_teachers_are_refused_on_resume(job, reference, tmp_p
     teachers = ",".join(f"{tmp_path}/{name}.pt" for name in ("hubert", "robust", "wavlm"))
     line = refusal(capsys, flags(job, tmp_path / "out", teachers=teachers))
     assert "holds another run (hubert was" in line
+    for names in ("hubert,robust", "robust,hubert,wavlm"):  # another average; another order
+        teachers = ",".join(f"{job}/{name}.pt" for name in names.split(","))
+        line = refusal(capsys, flags(job, tmp_path / "out", teachers=teachers))
+        assert "--teachers was ['hubert', 'robust', 'wavlm']" in line
 
 
 def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
@@ -394,6 +398,8 @@ BAD_INPUT = [
     ({"teachers": "{job}/other.pt"}, ["other.pt", "not a HuBERT or WavLM"]),
     ({"teachers": "{job}/student.pt"}, ["student.pt", "export.py"]),
     ({"teachers": "{job}/missing.pt"}, ["missing.pt", "encoder.layers.1.fc1.weight"]),
+    ({"teachers": ","}, ["--teachers"]),
+    ({"seed": -1}, ["--seed", "at least 0"]),
     ({"heads": "2,5"}, ["hubert", "4 layers"]),
     ({"heads": "2,4/2,4"}, ["2 lists", "3 teachers"]),
     ({"heads": "2,4/2,4/3"}, ["--heads"]),
