@@ -182,10 +182,7 @@ def test_an_exception_in_the_loop_ends_all_ranks_with_its_traceback(job, tmp_pat
 
 
 def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_files(
-    job,
-    whole,
-    tmp_path,
-    monkeypatch,
+    job, whole, tmp_path, monkeypatch
 ):
     forward, calls = SpeechEncoder.forward, []
 
@@ -209,10 +206,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_fil
 # ------------------------------------------------------------------ a machine with problems
 
 
-def test_a_second_run_a_killed_worker_and_a_full_disk_leave_the_checkpoint_intact(
-    job,
-    capsys,
-):
+def test_a_second_run_a_killed_worker_and_a_full_disk_leave_the_checkpoint_intact(job, capsys):
     out, settings = job / "busy", {"steps": 5000, "workers": 1, "save_every": 5, "log_every": 1}
     arguments = flags(job, out, **settings)
     process = start(job, *arguments)

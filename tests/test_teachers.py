@@ -177,24 +177,6 @@ def older_args(content):
     return {"args": settings, "cfg": None, "model": content["model"]}
 
 
-def hydra(content):
-    """fairseq's form of 2020: the configuration is an omegaconf container of nodes."""
-    module = sys.modules["omegaconf"] = types.ModuleType("omegaconf")
-    for name in ("DictConfig", "AnyNode"):
-        setattr(module, name, type(name, (), {"__module__": "omegaconf"}))
-
-    def node(value):
-        found = module.DictConfig() if isinstance(value, dict) else module.AnyNode()
-        found._metadata = {"object_type": dict, "cache": collections.defaultdict(dict)}
-        if isinstance(value, dict):
-            found._content = {name: node(x) for name, x in value.items()}
-        else:
-            found._val = value
-        return found
-
-    return content | {"cfg": node(content["cfg"])}
-
-
 def half(content):
     return content | {"model": {name: weight.half() for name, weight in content["model"].items()}}
 
@@ -207,7 +189,6 @@ def half(content):
         (pretraining, LARGE),
         (pretraining, {"conv_norm": "layer", "pos_depth": 3, "pos_kernel": 19}),
         (older_args, {"heads": 6, **LARGE}),
-        (hydra, {"heads": 6, **LARGE}),
         (half, {}),
     ],
 )
@@ -309,12 +290,24 @@ def test_fairseqs_classes_are_read_as_placeholders(zipped, tmp_path, monkeypatch
     module.Dictionary = type("Dictionary", (), {"__module__": module.__name__})
     module.Mode = enum.Enum("Mode", {"layer_norm": "layer_norm"}, module=module.__name__)
     module.Mode.__reduce_ex__ = lambda self, protocol: (type(self), (self.value,))
+    for name in ("DictConfig", "AnyNode"):
+        setattr(module, name, type(name, (), {"__module__": "omegaconf"}))
+
+    def node(value):  # of omegaconf, in checkpoints of 2020
+        found, is_dict = module.AnyNode(), isinstance(value, dict)
+        if is_dict:
+            found, value = module.DictConfig(), {name: node(x) for name, x in value.items()}
+        metadata = {"object_type": dict, "resolver_cache": collections.defaultdict(dict)}
+        vars(found).update({"_content" if is_dict else "_val": value, "_metadata": metadata})
+        return found
+
     encoder, content = saved(tmp_path, **LARGE)
     content["cfg"]["model"]["extractor_mode"] = module.Mode.layer_norm
     content["task_state"] = module.Dictionary()
     content["task_state"].symbols = ["<s>", "a"]
+    content["cfg"] = node(content["cfg"])
     with monkeypatch.context() as patch:  # fairseq is there when the file is written
-        for name in ("fairseq", "fairseq.data"):
+        for name in ("fairseq", "fairseq.data", "omegaconf"):
             patch.setitem(sys.modules, name, module)
         torch.save(content, tmp_path / "t", _use_new_zipfile_serialization=zipped)
     assert load_teacher(tmp_path / "t").config == encoder.config
