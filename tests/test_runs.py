@@ -84,15 +84,14 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
     runs.lock(str(tmp_path))
 
 
-def test_threads_wait_passively_unless_the_user_says_otherwise():
-    code = "import runs, os; print(os.environ['OMP_WAIT_POLICY'])"
-    for given, expected in [(None, "passive"), ("active", "active")]:
-        env = environment()
-        env.pop("OMP_WAIT_POLICY", None)
-        if given:
-            env["OMP_WAIT_POLICY"] = given
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-        assert done.stdout.strip() == expected, done.stderr
+def test_threads_wait_almost_passively_unless_the_user_says_otherwise():
+    for given, expected in [({}, "20000"), ({"OMP_WAIT_POLICY": "active"}, "30000000000")]:
+        inherited = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+        env = {k: v for k, v in environment().items() if k not in inherited} | given
+        command = [sys.executable, "-c", "import runs"]
+        env["OMP_DISPLAY_ENV"] = "verbose"  # libgomp prints what it uses
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
 
 
 def test_numbers_alone_decide_the_seed():
