@@ -53,9 +53,6 @@ def test_characters_are_letters_apostrophe_and_blank(tmp_path):
     assert list(split.skipped.values()) == ["characters 24"]
 
 
-# ------------------------------------------------------------------ the head
-
-
 def test_bilstm_equals_that_of_torch_on_a_packed_sequence():
     x, frames = torch.randn(3, 9, 4), torch.tensor([9, 1, 6])
     lstm = program.BiLSTM(4, 5)

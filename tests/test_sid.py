@@ -29,9 +29,6 @@ def read(path):
     return sid.read_table(str(path), ["path", "label", "split"])
 
 
-# ------------------------------------------------------------------ pooling
-
-
 def test_mean_before_the_weighted_sum_and_the_head_equals_the_mean_after_them():
     head, states, frames = sid.MeanHead(4, 3), torch.randn(2, 2, 10, 4), torch.tensor([10, 6])
     model = probe.Probe(2, head)
@@ -66,9 +63,6 @@ def test_crop_is_in_seconds(speakers, tmp_path, monkeypatch):
     assert crops == [48]  # frames of 10 ms
 
 
-# ------------------------------------------------------------------ the score
-
-
 def test_speakers_are_identified_better_than_by_chance(speakers, upstreams, tmp_path):
     settings = {"manifest": speakers, "upstream": upstreams / "hubert.pt"}
     result = score(tmp_path, **settings, steps=150, eval_every=25)
@@ -79,9 +73,6 @@ def test_speakers_are_identified_better_than_by_chance(speakers, upstreams, tmp_
     assert all(name.split("/")[1] == speaker for name, (speaker,) in references.items())
     curve = dict(result["curves"]["0.01"])
     assert curve[result["best_step"]] == max(curve.values()) > min(curve.values())
-
-
-# ------------------------------------------------------------------ tables of files
 
 
 def test_voxceleb1_is_read_as_it_unpacks(tmp_path):
