@@ -4,7 +4,7 @@
 #
 #     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
-#     bash superb/reproduce.sh --demo                       # synthetic speech, 10 minutes, 2 cores
+#     bash superb/reproduce.sh --demo                       # synthetic speech, 14 minutes, 2 cores
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
@@ -48,7 +48,7 @@ train=(python)
 train+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
 failed=()
 
-trap 'exit 130' INT  # torchrun does not end with it
+trap 'exit 130' INT  # after Ctrl-C, torchrun's own exit code is 1
 
 part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME.log
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
