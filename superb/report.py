@@ -303,7 +303,7 @@ def draw_layers(rows, path):
     last = max(max(weights(row, task)) for row in rows for task in row.results)
     note = "Mean weight of each hidden state in percent. State 0 is the input of layer 1."
     title = "Learned weights of the hidden states"
-    draw_rows(rows, path, title, note, 0.6 + 0.2 * last, plot)
+    draw_rows(rows, path, title, note, max(1.8, 0.6 + 0.2 * last), plot)
 
 
 def draw_curves(folders, path):
