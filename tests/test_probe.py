@@ -349,6 +349,7 @@ def test_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
         ({"upstream": "nowhere.pt"}, ["nowhere.pt", "wavlm_plus"]),
         ({"upstream": "{upstreams}/other.pt"}, ["other.pt"]),
         ({"upstream": "{upstreams}/hubert.pt", "states": "0,9"}, ["--states [0, 9]", "0 to 4"]),
+        ({"upstream": "{upstreams}/hubert.pt", "states": "-1"}, ["--states [-1]", "0 to 4"]),
         ({"states": "1,x"}, ["--states", "1,x"]),
         ({"lr": "fast"}, ["--lr", "fast"]),
         ({"steps": 0}, ["--steps", "at least 1"]),

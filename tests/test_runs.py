@@ -3,6 +3,7 @@
 import runs
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
@@ -21,9 +22,6 @@ class NoSignal:
 
     def received(self):
         return 0
-
-
-# ------------------------------------------------------------------ files
 
 
 def test_a_file_gets_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
@@ -92,6 +90,13 @@ def test_threads_wait_almost_passively_unless_the_user_says_otherwise():
         env["OMP_DISPLAY_ENV"] = "verbose"  # libgomp prints what it uses
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         assert f"GOMP_SPINCOUNT = '{expected}'" in done.stderr
+
+
+def test_a_signal_between_two_runs_of_a_process_ends_the_second(monkeypatch):
+    monkeypatch.setattr(runs.StopSignal, "number", 0)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    runs.StopSignal().record(signal.SIGTERM, None)
+    assert runs.StopSignal().received() == signal.SIGTERM
 
 
 def test_numbers_alone_decide_the_seed():
