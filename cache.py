@@ -1,8 +1,9 @@
-"""Tensors of frozen networks, computed once: one file per utterance of a corpus."""
+"""Tensors of frozen networks, computed once: targets of training, hidden states of probes."""
 
 import runs
 from runs import RANK, WORLD_SIZE
 
+import contextlib
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import time
 
 import torch
+from torch import nn
 
 import data
 
@@ -114,3 +116,96 @@ class CachedTargets(data.TrainBatches):
         frames = (samples - data.MIN_SAMPLES) // self.crop_start_multiple + 1
         targets = dequantize(runs.load(self.cache.path(i)), first, frames)
         return super().example(epoch, i, position, samples) | {"targets": targets}
+
+
+# ------------------------------------------------------------------ hidden states for probes
+
+
+class States(torch.utils.data.Dataset):
+    """Hidden states of the utterances of a probe.Split, read in batches by a loader's workers.
+
+    memory: {(path, key of its noise): (states, frames, dim)}; cache: a Cache, or None.
+    """
+
+    def __init__(self, split, memory, cache=None):
+        self.split, self.memory, self.cache = split, memory, cache
+
+    def memory_key(self, i):
+        return self.split.path(i), self.split.noise_key
+
+    def load(self, i):
+        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
+        if self.memory_key(i) in self.memory:
+            return self.memory[self.memory_key(i)]
+        if self.cache:
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
+                return runs.load(self.cache.path(i))
+        return self.split.read(i)
+
+    def __getitem__(self, indices):
+        return [self.load(i) for i in indices]
+
+
+def compute_states(args, upstream, splits, stop):
+    """{split: its States}: computed now into --cache, or into memory if they take less than half.
+
+    upstream: a probe.Upstream.
+    """
+    frame_bytes = 2 * len(upstream.layers) * upstream.dim
+    datasets, missing, needed = {}, [], 0
+    for split in splits:
+        dataset = datasets[split] = States(split, upstream.memory)
+        sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
+        if args.cache:
+            name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
+            dataset.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
+
+            def compute(i, split=split):
+                return upstream(split.read(i)).cpu()
+
+            dataset.cache.fill(compute, sizes, f"states of {split.name}", stop)
+            data.check_shared_memory(args.batch_size * max(sizes), args.workers)
+        else:
+            for i, size in enumerate(sizes):
+                if dataset.memory_key(i) not in upstream.memory:
+                    missing.append((dataset, i))
+                    needed += size
+    if missing:
+        fits = needed < free_memory() / 2
+        place = "in memory" if fits else "computed at every step; --cache DIR would store them"
+        print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
+        if fits:
+            for dataset, i in missing:
+                if stop.number:
+                    raise SystemExit(128 + stop.number)
+                waveform = dataset.split.read(i)
+                upstream.memory[dataset.memory_key(i)] = upstream(waveform).cpu()
+    return datasets
+
+
+def free_memory():
+    """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
+    free = 0
+    with contextlib.suppress(OSError, ValueError):  # not Linux; no limit is "max"
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":") for line in file)
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            free = min(free, int(file.read()))
+    return free
+
+
+def load_states(upstream, dataset, plan, workers, stop):
+    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
+
+    dataset: States; plan: per batch, the indices of its utterances.
+    """
+    in_memory = dataset.memory_key(0) in upstream.memory
+    workers = 0 if in_memory else workers  # workers would copy the memory
+    for items in data.load_batches(dataset, plan, workers, upstream.device.type == "cuda", stop):
+        items = [upstream(x) if x.dim() == 1 else x for x in items]
+        items = [x.to(upstream.device, non_blocking=True) for x in items]
+        frames = torch.tensor([x.shape[1] for x in items])
+        longest = int(frames.max())
+        items = [nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in items]
+        yield torch.stack(items, dim=1).float(), frames

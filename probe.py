@@ -18,7 +18,7 @@ import torchaudio
 from torch import nn
 
 import data
-from cache import Cache, key
+from cache import Cache, compute_states, key, load_states
 from student import load_student
 from teachers import digest, load_teacher
 
@@ -123,7 +123,7 @@ class Upstream:
     def __init__(self, args):
         self.device = runs.find_device()
         self.precision = runs.precision(args.precision, self.device)
-        self.memory = {}  # {Split.memory_key(i): hidden states, on the CPU}
+        self.memory = {}  # see cache.States
         path, last = args.upstream, 0
         if path == "fbank":
             self.encoder, self.precision = FilterBanks(), "fp32"
@@ -166,18 +166,17 @@ class Probe(nn.Module):
         return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
 
 
-# ------------------------------------------------------------------ utterances and their states
+# ------------------------------------------------------------------ labelled utterances
 
 
-class Split(torch.utils.data.Dataset):
-    """Labelled utterances of a data.Corpus, read in batches by a loader's workers.
+class Split:
+    """Labelled utterances of a data.Corpus.
 
     ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
     Raises ValueError if an utterance is too long.
     """
 
-    noise = noise_key = cache = None
-    memory = {}
+    noise = noise_key = None
 
     def __init__(self, name, corpus, ids, labels, skipped):
         self.name, self.corpus, self.skipped = name, corpus, skipped
@@ -198,9 +197,6 @@ class Split(torch.utils.data.Dataset):
     def path(self, i):
         return os.path.join(self.corpus.root, self.corpus.paths[i])
 
-    def memory_key(self, i):
-        return self.path(i), self.noise_key
-
     def read(self, i):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
         try:
@@ -208,79 +204,6 @@ class Split(torch.utils.data.Dataset):
             return self.noise.mix(waveform, i) if self.noise else waveform
         except data.UNREADABLE as error:
             raise ValueError(f"{self.path(i)}: {error}; restore it") from None
-
-    def load(self, i):
-        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
-        if self.memory_key(i) in self.memory:
-            return self.memory[self.memory_key(i)]
-        if self.cache:
-            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
-                return runs.load(self.cache.path(i))
-        return self.read(i)
-
-    def __getitem__(self, indices):
-        return [self.load(i) for i in indices]
-
-
-def compute_states(args, upstream, splits, stop):
-    """Fills --cache with all hidden states, or memory if they take less than half of it."""
-    frame_bytes = 2 * len(upstream.layers) * upstream.dim
-    missing = {}
-    for split in splits:
-        sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
-        if args.cache:
-            name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
-            split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
-
-            def compute(i, split=split):
-                return upstream(split.read(i)).cpu()
-
-            split.cache.fill(compute, sizes, f"states of {split.name}", stop)
-            data.check_shared_memory(args.batch_size * max(sizes), args.workers)
-        else:
-            new = [i for i in range(len(sizes)) if split.memory_key(i) not in upstream.memory]
-            missing |= {(split, i): sizes[i] for i in new}
-    if not missing:
-        return
-    needed = sum(missing.values())
-    fits = needed < free_memory() / 2
-    place = "in memory" if fits else "computed at every step; --cache DIR would store them"
-    print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
-    if not fits:
-        return
-    for split, i in missing:
-        if stop.number:
-            raise SystemExit(128 + stop.number)
-        upstream.memory[split.memory_key(i)] = upstream(split.read(i)).cpu()
-
-
-def free_memory():
-    """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
-    free = 0
-    with contextlib.suppress(OSError, ValueError):  # not Linux; no limit is "max"
-        with open("/proc/meminfo", encoding="ascii") as file:
-            sizes = dict(line.split(":") for line in file)
-        free = int(sizes["MemAvailable"].split()[0]) * 1024
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            free = min(free, int(file.read()))
-    return free
-
-
-def load_states(upstream, split, plan, workers, stop):
-    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
-
-    plan: per batch, the indices of its utterances.
-    """
-    split.memory = upstream.memory
-    in_memory = split.memory_key(0) in upstream.memory
-    workers = 0 if in_memory else workers  # workers would copy the memory
-    for items in data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop):
-        items = [upstream(x) if x.dim() == 1 else x for x in items]
-        items = [x.to(upstream.device, non_blocking=True) for x in items]
-        frames = torch.tensor([x.shape[1] for x in items])
-        longest = int(frames.max())
-        items = [nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in items]
-        yield torch.stack(items, dim=1).float(), frames
 
 
 # ------------------------------------------------------------------ training and scores
@@ -332,13 +255,13 @@ def evaluate(args, task, upstream, train, dev, test):
             print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
             data.warn_skipped(split.skipped)
         print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
-        compute_states(args, upstream, (train, dev, test), stop)
+        dataset_of = compute_states(args, upstream, (train, dev, test), stop)
 
     # ------------------------------ training
     print(f"{args.out}: from step {run['step']} of {args.steps}", flush=True)
     epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
     plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[run["step"] : args.steps]
-    loader = load_states(upstream, train, plan, args.workers, stop)
+    loader = load_states(upstream, dataset_of[train], plan, args.workers, stop)
     losses, since = [], time.monotonic()
     sign = 1 if task.higher_is_better else -1
     for step, indices, (states, frames) in zip(range(run["step"], args.steps), plan, loader):
@@ -368,7 +291,7 @@ def evaluate(args, task, upstream, train, dev, test):
             print(f"step {step}/{args.steps}  loss {means.round(4)}  {left}", flush=True)
             losses, since = [], time.monotonic()
         if last or step % args.eval_every == 0:
-            scored = score(args, task, upstream, probes, dev, stop)
+            scored = score(args, task, upstream, probes, dataset_of[dev], stop)
             for lr, probe, (value, *_) in zip(args.lr, probes, scored):
                 run["curves"][f"{lr:g}"].append([step, value])
                 print(f"step {step}: {task.metric} {value:.2%} on {dev.name}, --lr {lr:g}")
@@ -387,7 +310,8 @@ def evaluate(args, task, upstream, train, dev, test):
     # ------------------------------ result
     best, probe = run["best"], probes[0]
     probe.load_state_dict(best["probe"])
-    value, errors, references, hypotheses = score(args, task, upstream, [probe], test, stop)[0]
+    (scored,) = score(args, task, upstream, [probe], dataset_of[test], stop)
+    value, errors, references, hypotheses = scored
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
     result["interval"] = bootstrap(errors)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
@@ -410,13 +334,17 @@ def evaluate(args, task, upstream, train, dev, test):
 
 
 @torch.no_grad()
-def score(args, task, upstream, probes, split, stop):
-    """Per probe, (score, (errors, totals) per utterance, references, hypotheses)."""
+def score(args, task, upstream, probes, dataset, stop):
+    """Per probe, (score, (errors, totals) per utterance, references, hypotheses).
+
+    dataset: the cache.States of a Split.
+    """
+    split = dataset.split
     order = np.argsort(-split.corpus.samples, kind="stable")
     plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
     references = [task.decode(label.tolist()) for label in split.labels]
     hypotheses = [[None] * len(order) for _ in probes]
-    loader = load_states(upstream, split, plan, args.workers, stop)
+    loader = load_states(upstream, dataset, plan, args.workers, stop)
     for indices, (states, frames) in zip(plan, loader):
         states = task.pool(states, frames, training=False)
         for probe, texts in zip(probes, hypotheses):

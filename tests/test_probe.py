@@ -16,6 +16,7 @@ import torchaudio
 from conftest import command, environment, flags_of, noise, on_cpu, refused, write_audio
 from pytest import approx
 
+import cache
 import evaluate_pr
 import probe
 from demo import speech
@@ -127,7 +128,7 @@ def test_scores_are_the_same_bit_for_bit_wherever_the_states_are(
     score(corpus, tmp_path / "files", cache=tmp_path / "cache", workers=1, **settings)
     files = sorted(tmp_path.glob("cache/*/*/*/*/*.pt"))
     assert len(files) == 24 + 8 + 8 and torch.load(files[0]).dtype == torch.bfloat16
-    monkeypatch.setattr(probe, "free_memory", lambda: 0)
+    monkeypatch.setattr(cache, "free_memory", lambda: 0)
     score(corpus, tmp_path / "neither", workers=1, **settings)
     assert "computed at every step" in capsys.readouterr().out
     for name in ("files", "neither"):
@@ -155,6 +156,7 @@ def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
     task = evaluate_pr.PhonemeRecognition(evaluate_pr.read_lexicon([corpus / "lexicon.txt"]))
     split = evaluate_pr.read_split(str(corpus), "test-clean", task.encode)
     network = upstream(upstreams / "hubert.pt")
+    dataset = cache.States(split, {})
     torch.manual_seed(0)
     model = probe.Probe(len(network.layers), task.head(network.dim))
     with torch.no_grad():
@@ -163,7 +165,7 @@ def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
     found = []
     for size in (1, 8):
         args = argparse.Namespace(batch_size=size, workers=0)
-        ((_, _, _, hypotheses),) = probe.score(args, task, network, [model], split, stop)
+        ((_, _, _, hypotheses),) = probe.score(args, task, network, [model], dataset, stop)
         found.append(hypotheses)
     assert found[0] == found[1] and len(set(map(str, found[0]))) > 3
 
