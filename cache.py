@@ -66,18 +66,22 @@ class Cache:
                 raise OSError(f"{message}, {free:.3g} GB free; choose another --cache")
             if RANK == 0:
                 print(message, flush=True)
-            for number, i in enumerate(missing, start=1):
-                if stop.number:
-                    break
+        for number, i in enumerate(missing, start=1):
+            if stop.number:
+                break
+            try:
                 content = compute(i)
                 if content is not None:
                     path = self.path(i)
                     os.makedirs(os.path.dirname(path), exist_ok=True)
                     runs.save(path, content)
-                if RANK == 0 and time.monotonic() - printed > 20:
-                    printed = time.monotonic()
-                    left = (printed - started) / number * (len(missing) - number) / 60
-                    print(f"{name}: {number} of {len(missing)}, {left:.0f} min left", flush=True)
+            except (OSError, ValueError) as error:
+                runs.print_error(error)  # at once: the other ranks may compute for hours
+                raise SystemExit(2) from None
+            if RANK == 0 and time.monotonic() - printed > 20:
+                printed = time.monotonic()
+                left = (printed - started) / number * (len(missing) - number) / 60
+                print(f"{name}: {number} of {len(missing)}, {left:.0f} min left", flush=True)
         signal = stop.received()
         if signal:
             raise SystemExit(128 + signal)

@@ -178,6 +178,7 @@ class Noise:
         if len(snr) > 2 or not -100 <= snr[0] <= snr[-1] <= 100:
             raise ValueError(f"--snr {snr}: give one ratio from -100 to 100, or low,high")
         self.corpus = find_corpus(folder, ["."])
+        warn_skipped(self.corpus.skipped)
         self.snr, self.probability = (snr[0], snr[-1]), probability
 
     def mix(self, waveform, *numbers):
@@ -332,7 +333,6 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
         samples += np.diff(edges).tolist()
     if not paths:
         raise ValueError(f"{data}: no audio to train on")
-    warn_skipped(corpus.skipped)
     return Corpus(corpus.root, paths, starts, samples, corpus.skipped, corpus.pieces)
 
 

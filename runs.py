@@ -204,6 +204,12 @@ def numbers(text):
     return [float(number) for number in text.split(",")]
 
 
+def print_error(message):
+    """Prints a message to stderr, in one line that begins with the name of the program."""
+    text = " ".join(str(message).split())
+    print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+
+
 @contextlib.contextmanager
 def one_line_errors():
     """Around set-up: an OSError or ValueError on any rank ends all ranks, with one line and code 2.
@@ -214,12 +220,11 @@ def one_line_errors():
     try:
         yield
     except (OSError, ValueError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
+        message = str(error) or type(error).__name__
     messages = [text for text in gather(message) if text]
     if messages:
         if RANK == 0:
-            program = os.path.basename(sys.argv[0])
-            print(f"{program}: {messages[0]}", file=sys.stderr, flush=True)
+            print_error(messages[0])
         gather(None)  # torchrun ends all ranks as soon as one exits
         sys.exit(2)
 

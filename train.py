@@ -159,6 +159,7 @@ def main(arguments=None):
 
                 speech.prepare()
             corpus = data.find_corpus(args.data, args.splits, args.max_seconds)
+            data.warn_skipped(corpus.skipped)
             data.write_manifest(manifest, corpus)
     if len(set(runs.gather(start))) > 1:  # a barrier too: the manifest is complete
         raise SystemExit(f"{args.out}: processes found different checkpoints; use a shared folder")

@@ -8,6 +8,7 @@ import runs
 import argparse
 import collections
 import glob
+import json
 import os
 import shutil
 import subprocess
@@ -59,15 +60,24 @@ def prepare(folder=DATA):
 
 
 def train(folder, *flags):
-    """Path of FOLDER/student.pt; if it is missing, train.py --demo is run first."""
+    """Path of FOLDER/student.pt; if it is missing or unfinished, train.py --demo is run first."""
     student = f"{folder}/student.pt"
-    if not os.path.exists(student):
-        print(f"demo: no {student} yet, running train.py --demo", flush=True)
+    if not is_finished(folder):
+        print(f"demo: {student} is not finished, running train.py --demo", flush=True)
         program = os.path.join(os.path.dirname(HERE), "train.py")
         done = subprocess.run([sys.executable, program, "--demo", "--out", folder, *flags])
         if done.returncode:
             sys.exit(done.returncode)
     return student
+
+
+def is_finished(folder):
+    """Whether FOLDER/student.pt has been trained for all steps of its run."""
+    if not os.path.exists(f"{folder}/student.pt"):
+        return False
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        settings = json.load(file)["settings"]
+    return runs.load(f"{folder}/student.pt")["step"] == settings["steps"]
 
 
 def compare(evaluate, args):

@@ -142,7 +142,7 @@ def test_utterances_that_cannot_be_used_are_skipped_with_a_reason(corpus, tmp_pa
     assert counts == {"utterances": 14, "skipped": 4}
     warnings = capsys.readouterr().err
     for reason in ("not in the lexicon: XYZZY", "no words", "no transcript", "300 samples"):
-        assert reason in warnings
+        assert warnings.count(reason) == 1
     assert not {unknown, empty} & read_symbols(tmp_path / "out/test.ref").keys()
 
 
