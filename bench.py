@@ -17,7 +17,7 @@ import torch
 import aggregate
 import data
 import train
-from cache import Cache, CachedTargets, quantize
+from cache import Cache, CachedTargets, dequantize, quantize
 from encoder import EncoderConfig, SpeechEncoder
 from losses import distillation_loss
 from student import Student, initialise, student_config
@@ -75,7 +75,7 @@ def main(arguments=None):
         return train.compute_targets(teachers, layers_of, args.agg, waveforms)
 
     def compute_cached(i):
-        return quantize(compute_targets(corpus.read(i)[None].to(device))[0].cpu())
+        return quantize(compute_targets(corpus.read(i)[None].to(device))[0])
 
     def now():
         if device.type == "cuda":  # parts wait for each other, which makes a step a bit slower
@@ -86,15 +86,16 @@ def main(arguments=None):
         """One step, as in train.py. Returns the seconds of each part."""
         times = [now()]
         batch = next(loader)
-        waveforms = batch["waveforms"].to(device, non_blocking=True)
+        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        batch = {name: x.to(device, non_blocking=True) for name, x in tensors.items()}
         times.append(now())
-        if "targets" in batch:
-            targets = batch["targets"].to(device, non_blocking=True)
+        if "values" in batch:
+            targets = dequantize(batch["values"], batch["scale"])
         else:
-            targets = compute_targets(waveforms)
+            targets = compute_targets(batch["waveforms"])
         times.append(now())
         with bf16:
-            predictions = student(waveforms)
+            predictions = student(batch["waveforms"])
         loss, _, _ = distillation_loss(predictions, targets.split(dims, dim=-1))
         times.append(now())
         loss.backward()
@@ -118,9 +119,10 @@ def main(arguments=None):
             cache.fill(compute_cached, sizes, "targets", stop)
             batches["step with cached targets"] = CachedTargets(cache, len(corpus))
         steps = range(WARMUP + args.steps)
+        workers = min(4, runs.cores())
         loaders, seconds = {}, {}
         for name, dataset in batches.items():
-            loaders[name] = data.load_batches(dataset, steps, 1, device.type == "cuda", stop)
+            loaders[name] = data.load_batches(dataset, steps, workers, device.type == "cuda", stop)
             seconds[name] = []
         for _ in steps:
             for name, loader in loaders.items():  # in turn, as a machine's speed varies

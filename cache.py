@@ -93,16 +93,16 @@ class Cache:
 def quantize(x):
     """(frames, dim) float to int8 with one float32 scale per dimension."""
     scale = x.float().abs().amax(0).clamp(min=1e-12) / 127
-    return {"values": (x / scale).round().to(torch.int8), "scale": scale}
+    return {"values": (x / scale).round().to(torch.int8).cpu(), "scale": scale.cpu()}
 
 
-def dequantize(saved, first=0, frames=None):
-    """Frames from `first` on, float32."""
-    return saved["values"][first:][:frames] * saved["scale"]
+def dequantize(values, scale):
+    """(..., frames, dim) float32 of int8 values and their (..., dim) scales."""
+    return values * scale[..., None, :]
 
 
 class CachedTargets(data.TrainBatches):
-    """TrainBatches with "targets", (share, frames, dim), read from a Cache of quantized targets.
+    """TrainBatches with targets from a Cache, quantized: "values" and "scale", for dequantize.
 
     Convolutions without padding keep frames and samples aligned: the crop that starts at sample
     320 n has the frames from n on. The targets are computed from the whole utterance.
@@ -118,8 +118,9 @@ class CachedTargets(data.TrainBatches):
     def example(self, epoch, i, position, samples):
         first = self.crop_start(i, position, samples) // self.crop_start_multiple
         frames = (samples - data.MIN_SAMPLES) // self.crop_start_multiple + 1
-        targets = dequantize(runs.load(self.cache.path(i)), first, frames)
-        return super().example(epoch, i, position, samples) | {"targets": targets}
+        targets = runs.load(self.cache.path(i))
+        targets["values"] = targets["values"][first:][:frames]
+        return super().example(epoch, i, position, samples) | targets
 
 
 # ------------------------------------------------------------------ hidden states for probes

@@ -140,8 +140,9 @@ class Upstream:
     @torch.no_grad()
     def __call__(self, waveform):
         """Hidden states of a waveform, (states, frames, dim), in bfloat16 as they are cached."""
+        waveforms = waveform[None].to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            found = self.encoder(waveform[None].to(self.device), layers=self.layers)
+            found = self.encoder(waveforms, layers=self.layers)
         return torch.cat(found).bfloat16()
 
 

@@ -82,7 +82,7 @@ def init():
 
 
 def enough_gpus():
-    return LOCAL_WORLD_SIZE <= torch.cuda.device_count()
+    return torch.cuda.is_available() and LOCAL_WORLD_SIZE <= torch.cuda.device_count()
 
 
 def find_device(cpu_ok=False):
@@ -92,6 +92,8 @@ def find_device(cpu_ok=False):
     """
     if enough_gpus():
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
         torch.cuda.set_device(LOCAL_RANK)
         return torch.device("cuda", LOCAL_RANK)
     if torch.cuda.is_available() and not cpu_ok:

@@ -42,6 +42,7 @@ def load_teacher(name_or_path, device="cpu"):
     name_or_path: a name in TEACHERS (downloaded once into torch.hub's folder), a checkpoint of
         fairseq, s3prl, Microsoft's WavLM or torchaudio, or transformers' folder or weights.
     Raises OSError or ValueError, in one line, otherwise. No code in a file is run.
+    On a GPU, torch's convolutions are in TF32 unless torch.backends.cudnn.allow_tf32 is False.
     """
     path = os.fspath(name_or_path)
     if path in TEACHERS:

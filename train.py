@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import aggregate
 import data
-from cache import Cache, CachedTargets, key, quantize
+from cache import Cache, CachedTargets, dequantize, key, quantize
 from losses import distillation_loss
 from student import Student, initialise, save_student, student_config
 from teachers import check_frames, digest, layers_per_teacher, load_teacher, short_names
@@ -128,7 +128,7 @@ def adamw(student, weight_decay):
 
 def compile_networks(networks):
     """torch.compile, one graph per network for all lengths."""
-    torch._dynamo.config.recompile_limit = 8 * len(networks)  # networks share code
+    torch._dynamo.config.cache_size_limit = 8 * len(networks)  # networks share code
     torch._dynamo.config.specialize_int = True  # layer numbers are constants
     for network in networks:
         network.compile(dynamic=True)
@@ -186,9 +186,8 @@ def main(arguments=None):
             runs.check_same(args.out, before, {"--teachers": names} | digests)
             student.load_state_dict(checkpoint["student"])
         share = args.batch_size // WORLD_SIZE  # utterances per process
-        per_sample = 1 + bool(args.noise) + bool(args.cache) * sum(dims) / 320  # float32 values
-        longest = int(corpus.samples.max())
-        batch_bytes = 4 * per_sample * longest * share
+        sample_bytes = 4 + 4 * bool(args.noise) + bool(args.cache) * sum(dims) / 320
+        batch_bytes = sample_bytes * int(corpus.samples.max()) * share
         data.check_shared_memory(batch_bytes * runs.LOCAL_WORLD_SIZE, args.workers)
         noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
         batching = (args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
@@ -205,7 +204,7 @@ def main(arguments=None):
             waveform = corpus.read(i)[None].to(device)
         except data.UNREADABLE:
             return None  # skipped with a warning in training
-        return quantize(compute_targets(teachers, layers_of, args.agg, waveform)[0].cpu())
+        return quantize(compute_targets(teachers, layers_of, args.agg, waveform)[0])
 
     if args.cache and start < args.steps:
         frames = student.encoder.frames  # equal for all, as check_frames has found
@@ -245,14 +244,17 @@ def main(arguments=None):
     for step, batch in enumerate(loader, start=start + 1):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         runs.seed(args.seed, step, RANK)  # dropout depends on these only: no RNG state to resume
+        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
         for first in range(0, share, micro):
-            waveforms = batch["waveforms"][first : first + micro].to(device, non_blocking=True)
+            part = {name: x[first : first + micro] for name, x in tensors.items()}
+            part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
+            waveforms = part["waveforms"]
             if args.cache:
-                targets = batch["targets"][first : first + micro].to(device, non_blocking=True)
+                targets = dequantize(part["values"], part["scale"])
             else:
                 targets = compute_targets(teachers, layers_of, args.agg, waveforms)
             if args.noise:  # for the student alone, so that cached targets stay valid
-                waveforms = batch["noisy"][first : first + micro].to(device, non_blocking=True)
+                waveforms = part["noisy"]
             model.require_backward_grad_sync = first + micro == share  # sync on the last only
             with bf16:
                 predictions = model(waveforms)
