@@ -22,7 +22,7 @@ def key(*parts):
 
 
 class Cache:
-    """One .pt file per utterance of a Corpus; `folder` is named after what computes the tensors."""
+    """One .pt file per utterance of a Corpus; `folder` has a hash of networks and settings."""
 
     def __init__(self, folder, corpus):
         self.folder, self.corpus = folder, corpus
@@ -152,7 +152,7 @@ class States(torch.utils.data.Dataset):
 
 
 def compute_states(args, upstream, splits, stop):
-    """{split: its States}: computed now into --cache, or into memory if they take less than half.
+    """{split: its States}: computed into --cache, or into memory if half of what is free is enough.
 
     upstream: a probe.Upstream.
     """

@@ -427,7 +427,10 @@ def read_manifest(path, moved_root=None):
         root = os.path.realpath(moved_root)
     corpus = Corpus(root, *zip(*rows), pieces=pieces)
     # fairseq's wav2vec_manifest.py counts at the rate of the file: up to 100 files are checked.
-    for i in np.unique(np.linspace(0, len(corpus) - 1, 100).astype(int)):
+    checked = np.unique(np.linspace(0, len(corpus) - 1, 100).astype(int))
+    if not any(os.path.exists(os.path.join(root, corpus.paths[i])) for i in checked):
+        raise ValueError(f"{path}: {corpus.paths[0]} and others are not in {root} (--data)")
+    for i in checked:
         try:
             samples, rate = read_length(os.path.join(root, corpus.paths[i]))
         except UNREADABLE:

@@ -1,8 +1,8 @@
-"""Write an encoder in an official format: a folder for transformers, or a teacher's checkpoint.
+"""Write a student as a folder for transformers and s3prl.
 
     python export.py runs/avg/student.pt --to my-student
 
-The folder is a HuBERT for transformers and s3prl, with a model card for a hub.
+The folder is a HuBERT with a model card. save_official writes fairseq's form and others.
 """
 
 import runs

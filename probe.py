@@ -23,7 +23,7 @@ from student import load_student
 from teachers import digest, load_teacher
 
 MAX_SECONDS = 160  # per utterance; an utterance is never split for the upstream
-# Settings that may differ when a run resumes; files are compared by content.
+# Settings that may differ when a run resumes; audio is compared by path and length.
 MAY_CHANGE = "out cache workers log_every upstream data lexicon manifest noise snr".split()
 
 
@@ -35,7 +35,7 @@ def parser(description, task, **defaults):
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
     if "splits" in defaults:
         add("--splits", type=runs.names, help="three sub-folders: train, dev, test")
-    add("--out", help="folder of the run (default: beside a student.pt, else in runs/UPSTREAM)")
+    add("--out", help="folder of the run; if not given, beside a student.pt or in runs")
     add("--steps", type=runs.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=runs.count, default=32, help="utterances per step")
     add("--lr", type=runs.numbers, default="1e-4", help="Adam's learning rates, one probe per rate")

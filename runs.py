@@ -88,7 +88,7 @@ def enough_gpus():
 def find_device(cpu_ok=False):
     """The device of this rank: a GPU, else the CPU with its share of the threads.
 
-    Raises ValueError if there are fewer GPUs than ranks on this machine, unless cpu_ok.
+    Raises ValueError if this machine has GPUs, but fewer than ranks, unless cpu_ok.
     """
     if enough_gpus():
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32

@@ -10,6 +10,7 @@ import runs
 from runs import RANK, WORLD_SIZE
 
 import argparse
+import importlib.util
 import inspect
 import json
 import os
@@ -29,7 +30,7 @@ from teachers import check_frames, digest, layers_per_teacher, load_teacher, sho
 # Settings that may differ when a run resumes: they change no weight beyond rounding, except
 # --accumulate, --compile and the number of processes, which change the dropout masks.
 MAY_CHANGE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
-MAY_CHANGE |= {"data", "teachers", "cache"}  # paths: audio and teachers are compared by content
+MAY_CHANGE |= {"data", "teachers", "cache"}  # paths: what they hold is compared
 CHECKPOINT = ("step", "settings", "teachers", "student", "optimizer")
 
 
@@ -76,7 +77,7 @@ def parse(arguments=None):
     add("--seed", type=runs.whole, default=0, help="of initial weights, data order and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of metrics")
     add("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
-    add("--tensorboard", action="store_true", help="log to TensorBoard, a package of its own")
+    add("--tensorboard", action="store_true", help="log to TensorBoard")
     add("--demo", action="store_true", help="tiny teachers and synthetic speech, two minutes")
     # fmt: on
     if parser.parse_known_args(arguments)[0].demo:
@@ -90,6 +91,8 @@ def parse(arguments=None):
     if args.batch_size % (WORLD_SIZE * args.accumulate):
         divisor = f"{WORLD_SIZE} processes x --accumulate {args.accumulate}"
         raise ValueError(f"--batch-size {args.batch_size} is not a multiple of {divisor}")
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise ValueError("--tensorboard: pip install tensorboard")
     if not 0 <= args.warmup <= 1:
         raise ValueError(f"--warmup {args.warmup} is not between 0 and 1")
     return args
@@ -145,6 +148,8 @@ def main(arguments=None):
         compared = [name for name in vars(args) if name not in MAY_CHANGE]
         settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in compared}
         settings["--cache"] = bool(args.cache)  # cached targets are of whole utterances
+        if args.data.endswith(".tsv"):
+            settings["lines of --data"] = key(data.read_lines(args.data)[1:])
         if RANK == 0:
             runs.lock(args.out)
         checkpoint = runs.load_latest(args.out, CHECKPOINT)
@@ -300,7 +305,7 @@ def main(arguments=None):
 
 
 class Log:
-    """Metrics of rank 0: printed, in OUT/metrics.jsonl, and for TensorBoard."""
+    """Metrics, means over all ranks: printed, in OUT/metrics.jsonl, and for TensorBoard."""
 
     def __init__(self, args, heads, start):
         self.args, self.heads, self.board = args, heads, None

@@ -1,6 +1,6 @@
 """What --demo needs: synthetic speech, tables of speakers and emotions, and a comparison.
 
-The demo needs no download, and writes only to data/demo and runs/demo-avg.
+The demo needs no download, and writes only to data/demo and runs/demo-AGG.
 """
 
 import runs

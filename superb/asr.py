@@ -1,4 +1,4 @@
-"""Speech recognition of SUPERB (arXiv:2105.01051): a frozen upstream, a BiLSTM with CTC, WER.
+"""Speech recognition of SUPERB (arXiv:2105.01051): a frozen upstream, BiLSTMs with CTC, WER.
 
     python -m superb.asr --upstream runs/avg/student.pt --data data/LibriSpeech
     python -m superb.asr --demo

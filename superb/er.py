@@ -27,7 +27,7 @@ EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "sad": "sad", "ang
 
 def parse(arguments=None):
     parser = probe.parser(__doc__, "er", data="data/IEMOCAP", steps=30_000)
-    parser.add_argument("--manifest", help="a .csv of path,label,fold")
+    parser.add_argument("--manifest", help="a .csv of path,label,fold; paths as in superb.sid")
     return probe.parse(parser, arguments)
 
 

@@ -210,7 +210,9 @@ def table(rows, against=None):
         entries = [entry.ljust(width) for entry, width in zip(line, widths)]
         text += f"| {' | '.join(entries)} |\n"
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
-    text += f"\nPercent; 95% intervals are over utterances and seeds. Test sets: {samples}. "
+    has_seeds = any(len(results) > 1 for row in rows for results in row.results.values())
+    over = "utterances and seeds" if has_seeds else "utterances"
+    text += f"\nPercent; 95% intervals are over {over}. Test sets: {samples}. "
     return text + "Bold: the best of a task; differences whose interval excludes 0.\n"
 
 

@@ -25,7 +25,8 @@ SPLIT_NAMES = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_spl
 def parse(arguments=None):
     defaults = {"data": "data/VoxCeleb1", "steps": 200_000, "eval_every": 4000}
     parser = probe.parser(__doc__, "sid", **defaults)
-    parser.add_argument("--manifest", help="a .csv of path,label,split (train, dev or test)")
+    about = "a .csv of path,label,split (train, dev or test); paths are relative to its folder"
+    parser.add_argument("--manifest", help=about)
     parser.add_argument("--crop", type=float, default=8.0, help="seconds per utterance in training")
     return probe.parse(parser, arguments)
 

@@ -374,14 +374,21 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     write_audio(tmp_path / "audio", [6000] * 10)
     settings = {"data": tmp_path / "audio", "steps": 4}
     expected = distil(job, tmp_path / "whole", **settings)
-    stop_at_2 = {**settings, "save_every": 2}
-    distil(job, tmp_path / "out", **stop_at_2)
+    distil(job, tmp_path / "out", **settings, save_every=2)
     os.replace(tmp_path / "out" / "last.pt.old", tmp_path / "out" / "last.pt")
     write_audio(tmp_path / "audio" / "more", [6000])
     found = distil(job, tmp_path / "out", **settings)
     assert_equal_student(found, expected)
-    again = distil(job, tmp_path / "list", **settings | {"data": tmp_path / "out/manifest.tsv"})
-    assert_equal_student(again, expected)
+    lines = (tmp_path / "out/manifest.tsv").read_text().splitlines()
+    settings["data"] = tmp_path / "list.tsv"
+    settings["data"].write_text("\n".join(lines))
+    assert_equal_student(distil(job, tmp_path / "list", **settings), expected)
+    settings["data"].write_text("\n".join(lines[:-1]))
+    assert "lines of --data was" in refusal(capsys, flags(job, tmp_path / "list", **settings))
+    settings["data"] = write_audio(tmp_path / "other" / "folder", [6000])[0].parent.parent
+    assert "000.flac and others are not in" in refusal(
+        capsys, flags(job, tmp_path / "out", **settings)
+    )
 
 
 # ------------------------------------------------------------------ bad input
