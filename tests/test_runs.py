@@ -144,12 +144,10 @@ def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, 
 
 
 def test_paths_of_a_manifest_stay_inside_the_cache(tmp_path):
-    (path,) = write_audio(tmp_path / "audio", [4000])
-    paths = [str(path), "../audio/000.flac"]
+    paths = [str(write_audio(tmp_path / "audio", [4000])[0]), "../audio/000.flac"]
     (tmp_path / "list").mkdir()
-    inside = cache.Cache(
-        f"{tmp_path}/cache", data.Corpus(f"{tmp_path}/list", paths, [0] * 2, [9] * 2)
-    )
+    corpus = data.Corpus(f"{tmp_path}/list", paths, [0, 0], [9, 9])
+    inside = cache.Cache(f"{tmp_path}/cache", corpus)
     for i in range(2):
         assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/cache/")
 
