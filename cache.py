@@ -17,7 +17,7 @@ import data
 
 
 def key(*parts):
-    """16 hex digits for the name of a folder: a hash of the parts (JSON types)."""
+    """16 hex digits, a hash of the parts (JSON types): to name or compare them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -44,7 +44,7 @@ class Cache:
     def is_missing(self, i):
         try:
             return not os.path.exists(self.path(i))
-        except OSError:
+        except OSError:  # compute() reports it
             return True
 
     def fill(self, compute, sizes, name, stop):
@@ -70,11 +70,11 @@ class Cache:
             if stop.number:
                 break
             try:
-                content = compute(i)
-                if content is not None:
+                tensors = compute(i)
+                if tensors is not None:
                     path = self.path(i)
                     os.makedirs(os.path.dirname(path), exist_ok=True)
-                    runs.save(path, content)
+                    runs.save(path, tensors)
             except (OSError, ValueError) as error:
                 runs.print_error(error)  # at once: the other ranks may compute for hours
                 raise SystemExit(2) from None
@@ -111,7 +111,7 @@ class CachedTargets(data.TrainBatches):
     crop_start_multiple = 320  # samples per frame
 
     def __init__(self, cache, *args):
-        """args: of TrainBatches, after the corpus."""
+        """args: arguments of TrainBatches, after the corpus."""
         super().__init__(cache.corpus, *args)
         self.cache = cache
 
@@ -157,7 +157,7 @@ def compute_states(args, upstream, splits, stop):
     upstream: a probe.Upstream.
     """
     frame_bytes = 2 * len(upstream.layers) * upstream.dim
-    datasets, missing, needed = {}, [], 0
+    datasets, missing = {}, {}  # missing: {(dataset, utterance): bytes}
     for split in splits:
         dataset = datasets[split] = States(split, upstream.memory)
         sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
@@ -173,9 +173,9 @@ def compute_states(args, upstream, splits, stop):
         else:
             for i, size in enumerate(sizes):
                 if dataset.memory_key(i) not in upstream.memory:
-                    missing.append((dataset, i))
-                    needed += size
+                    missing[dataset, i] = size
     if missing:
+        needed = sum(missing.values())
         fits = needed < free_memory() / 2
         place = "in memory" if fits else "computed at every step; --cache DIR would store them"
         print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
@@ -191,7 +191,7 @@ def compute_states(args, upstream, splits, stop):
 def free_memory():
     """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
     free = 0
-    with contextlib.suppress(OSError, ValueError):  # not Linux; no limit is "max"
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or the limit is "max"
         with open("/proc/meminfo", encoding="ascii") as file:
             sizes = dict(line.split(":") for line in file)
         free = int(sizes["MemAvailable"].split()[0]) * 1024
@@ -210,7 +210,6 @@ def load_states(upstream, dataset, plan, workers, stop):
     for items in data.load_batches(dataset, plan, workers, upstream.device.type == "cuda", stop):
         items = [upstream(x) if x.dim() == 1 else x for x in items]
         items = [x.to(upstream.device, non_blocking=True) for x in items]
-        frames = torch.tensor([x.shape[1] for x in items])
-        longest = int(frames.max())
-        items = [nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in items]
-        yield torch.stack(items, dim=1).float(), frames
+        frames = [x.shape[1] for x in items]
+        items = [nn.functional.pad(x, (0, 0, 0, max(frames) - x.shape[1])) for x in items]
+        yield torch.stack(items, dim=1).float(), torch.tensor(frames)

@@ -22,8 +22,8 @@ from cache import Cache, compute_states, key, load_states
 from student import load_student
 from teachers import digest, load_teacher
 
-MAX_SECONDS = 160  # per utterance; an utterance is never split for the upstream
-# Settings that may differ when a run resumes; audio is compared by path and length.
+MAX_SECONDS = 160  # the upstream gets whole utterances
+# Not compared as settings on resume: weights, paths, lengths and noise are compared instead.
 MAY_CHANGE = "out cache workers log_every upstream data lexicon manifest noise snr".split()
 
 
@@ -73,15 +73,14 @@ def main(parse_flags, run_task, arguments):
     runs.init()
     with runs.one_line_errors():
         args = parse_flags(arguments)
+        if not (args.demo or args.upstream):
+            raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
         if args.demo:
             from demo import speech
 
             speech.prepare()
-        elif not args.upstream:
-            raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
     if not args.upstream:
-        speech.compare(run_task, args)
-        return
+        return speech.compare(run_task, args)
     if os.path.exists(os.path.join(args.upstream, "student.pt")):  # the folder of a run
         args.upstream = os.path.join(args.upstream, "student.pt")
     folder, name = os.path.split(os.path.normpath(args.upstream))
@@ -117,7 +116,7 @@ class FilterBanks(nn.Module):
 class Upstream:
     """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
 
-    layers: the hidden states in use, from 0; dim: width of each; digest: hash of all weights.
+    layers: the hidden states in use, from 0; dim: width of each; digest: hash of sizes and weights.
     """
 
     def __init__(self, args):
@@ -185,8 +184,8 @@ class Split:
         longest = int(corpus.samples.argmax())
         seconds = corpus.samples[longest] / data.SAMPLE_RATE
         if seconds > MAX_SECONDS:
-            limit = f"{seconds:.0f} s, evaluations take up to {MAX_SECONDS} s; split it"
-            raise ValueError(f"{self.path(longest)}: {limit}")
+            problem = f"{seconds:.0f} s, evaluations take up to {MAX_SECONDS} s; split it"
+            raise ValueError(f"{self.path(longest)}: {problem}")
 
     def add_noise(self, folder, snr):
         """Mixes noise into utterances, the same at every reading. Raises ValueError, OSError."""
@@ -213,7 +212,7 @@ class Split:
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, chooses rate and step on `dev`, scores `test`.
 
-    All rates are trained on the same batches; each gives what it gives alone, bit for bit on a CPU.
+    All rates share the batches; on a CPU each gives bit for bit the result of a run of its own.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
     args.precision = upstream.precision  # to be compared on resume
@@ -263,7 +262,7 @@ def evaluate(args, task, upstream, train, dev, test):
     epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
     plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[run["step"] : args.steps]
     loader = load_states(upstream, dataset_of[train], plan, args.workers, stop)
-    losses, since = [], time.monotonic()
+    losses, printed = [], time.monotonic()
     sign = 1 if task.higher_is_better else -1
     for step, indices, (states, frames) in zip(range(run["step"], args.steps), plan, loader):
         labels = [train.labels[i] for i in indices]
@@ -287,10 +286,10 @@ def evaluate(args, task, upstream, train, dev, test):
         last = step == args.steps
         if last or step % args.log_every == 0:
             means = np.reshape(losses, (-1, len(probes))).mean(axis=0)
-            speed = len(losses) / len(probes) / (time.monotonic() - since)
+            speed = len(losses) / len(probes) / (time.monotonic() - printed)
             left = f"{speed:.3g} steps/s  {(args.steps - step) / speed / 60:.0f} min left"
             print(f"step {step}/{args.steps}  loss {means.round(4)}  {left}", flush=True)
-            losses, since = [], time.monotonic()
+            losses, printed = [], time.monotonic()
         if last or step % args.eval_every == 0:
             scored = score(args, task, upstream, probes, dataset_of[dev], stop)
             for lr, probe, (value, *_) in zip(args.lr, probes, scored):
@@ -319,8 +318,7 @@ def evaluate(args, task, upstream, train, dev, test):
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
     result["noise"] = {"folder": args.noise, "snr": args.snr} if args.noise else None
-    result["counts"] = counts
-    result["seconds"] = round(time.monotonic() - started, 2)
+    result |= {"counts": counts, "seconds": round(time.monotonic() - started, 2)}
     result |= {"settings": vars(args), "identity": identity, "torch": torch.__version__}
     if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
         runs.warn(f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it")
@@ -363,7 +361,7 @@ def score(args, task, upstream, probes, dataset, stop):
 def bootstrap(*sets, resamples=10_000, seed=0):
     """95% interval, [low, high], of sum(errors) / sum(totals) over resampled utterances.
 
-    sets: one (errors, totals) per test set, each (utterances,); of several, the mean score is used.
+    sets: one (errors, totals) per test set, each (utterances,); the scores of several are averaged.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
     """
     rng, scores = np.random.default_rng(seed), np.zeros(resamples)
