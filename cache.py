@@ -1,9 +1,8 @@
-"""Tensors of frozen networks, computed once: targets of training, hidden states of probes."""
+"""Tensors of frozen networks, computed once: one file per utterance, and targets in 8 bits."""
 
 import runs
 from runs import RANK, WORLD_SIZE
 
-import contextlib
 import hashlib
 import json
 import os
@@ -11,7 +10,6 @@ import shutil
 import time
 
 import torch
-from torch import nn
 
 import data
 
@@ -21,6 +19,19 @@ def key(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def file_name(corpus, i):
+    """Where utterance i is cached: audio path, first sample, length, a hash of the audio file.
+
+    The hash is over the size of the file and 16 KiB from its middle. Raises OSError.
+    """
+    with open(os.path.join(corpus.root, corpus.paths[i]), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(size // 2)
+        content = hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:8]
+    name = corpus.paths[i].lstrip("/").replace("..", "__")  # stays inside the folder
+    return f"{name}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
+
+
 class Cache:
     """One .pt file per utterance of a Corpus; `folder` has a hash of networks and settings."""
 
@@ -28,18 +39,7 @@ class Cache:
         self.folder, self.corpus = folder, corpus
 
     def path(self, i):
-        """The file of utterance i: audio path, first sample, length, and a hash of the audio file.
-
-        The hash is over the size of the file and 16 KiB from its middle. Raises OSError.
-        """
-        corpus = self.corpus
-        with open(os.path.join(corpus.root, corpus.paths[i]), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(size // 2)
-            content = hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:8]
-        name = corpus.paths[i].lstrip("/").replace("..", "__")  # stays inside the folder
-        name = f"{name}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
-        return os.path.join(self.folder, name)
+        return os.path.join(self.folder, file_name(self.corpus, i))
 
     def is_missing(self, i):
         try:
@@ -111,7 +111,7 @@ class CachedTargets(data.TrainBatches):
     crop_start_multiple = 320  # samples per frame
 
     def __init__(self, cache, *args):
-        """args: arguments of TrainBatches, after the corpus."""
+        """args: the arguments of TrainBatches after the corpus."""
         super().__init__(cache.corpus, *args)
         self.cache = cache
 
@@ -121,95 +121,3 @@ class CachedTargets(data.TrainBatches):
         targets = runs.load(self.cache.path(i))
         targets["values"] = targets["values"][first:][:frames]
         return super().example(epoch, i, position, samples) | targets
-
-
-# ------------------------------------------------------------------ hidden states for probes
-
-
-class States(torch.utils.data.Dataset):
-    """Hidden states of the utterances of a probe.Split, read in batches by a loader's workers.
-
-    memory: {(path, key of its noise): (states, frames, dim)}; cache: a Cache, or None.
-    """
-
-    def __init__(self, split, memory, cache=None):
-        self.split, self.memory, self.cache = split, memory, cache
-
-    def memory_key(self, i):
-        return self.split.path(i), self.split.noise_key
-
-    def load(self, i):
-        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
-        if self.memory_key(i) in self.memory:
-            return self.memory[self.memory_key(i)]
-        if self.cache:
-            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
-                return runs.load(self.cache.path(i))
-        return self.split.read(i)
-
-    def __getitem__(self, indices):
-        return [self.load(i) for i in indices]
-
-
-def compute_states(args, upstream, splits, stop):
-    """{split: its States}: computed into --cache, or into memory if half of what is free is enough.
-
-    upstream: a probe.Upstream.
-    """
-    frame_bytes = 2 * len(upstream.layers) * upstream.dim
-    datasets, missing = {}, {}  # missing: {(dataset, utterance): bytes}
-    for split in splits:
-        dataset = datasets[split] = States(split, upstream.memory)
-        sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
-        if args.cache:
-            name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
-            dataset.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
-
-            def compute(i, split=split):
-                return upstream(split.read(i)).cpu()
-
-            dataset.cache.fill(compute, sizes, f"states of {split.name}", stop)
-            data.check_shared_memory(args.batch_size * max(sizes), args.workers)
-        else:
-            for i, size in enumerate(sizes):
-                if dataset.memory_key(i) not in upstream.memory:
-                    missing[dataset, i] = size
-    if missing:
-        needed = sum(missing.values())
-        fits = needed < free_memory() / 2
-        place = "in memory" if fits else "computed at every step; --cache DIR would store them"
-        print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
-        if fits:
-            for dataset, i in missing:
-                if stop.number:
-                    raise SystemExit(128 + stop.number)
-                waveform = dataset.split.read(i)
-                upstream.memory[dataset.memory_key(i)] = upstream(waveform).cpu()
-    return datasets
-
-
-def free_memory():
-    """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
-    free = 0
-    with contextlib.suppress(OSError, ValueError):  # not Linux, or the limit is "max"
-        with open("/proc/meminfo", encoding="ascii") as file:
-            sizes = dict(line.split(":") for line in file)
-        free = int(sizes["MemAvailable"].split()[0]) * 1024
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            free = min(free, int(file.read()))
-    return free
-
-
-def load_states(upstream, dataset, plan, workers, stop):
-    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
-
-    dataset: States; plan: per batch, the indices of its utterances.
-    """
-    in_memory = dataset.memory_key(0) in upstream.memory
-    workers = 0 if in_memory else workers  # workers would copy the memory
-    for items in data.load_batches(dataset, plan, workers, upstream.device.type == "cuda", stop):
-        items = [upstream(x) if x.dim() == 1 else x for x in items]
-        items = [x.to(upstream.device, non_blocking=True) for x in items]
-        frames = [x.shape[1] for x in items]
-        items = [nn.functional.pad(x, (0, 0, 0, max(frames) - x.shape[1])) for x in items]
-        yield torch.stack(items, dim=1).float(), torch.tensor(frames)

@@ -18,17 +18,19 @@ from torch import nn
 
 import data
 import probe
+from superb.upstream import Split, Upstream
 
 SPLITS = "train-clean-100,dev-clean,test-clean"
 LEXICON = "data/librispeech-lexicon.txt"
 NUMBER = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?|[0-9]+\.")
 
 
-def parse(arguments=None):
-    parser = probe.parser(__doc__, "pr", splits=SPLITS, lr="1e-2")  # s3prl's libriphone.yaml
+def make_parser():
+    parser = probe.make_parser(__doc__, "pr", lr="1e-2")  # s3prl's libriphone.yaml
+    parser.add_argument("--splits", type=runs.names, default=SPLITS, help="train, dev and test")
     about = "files of lines WORD PHONE PHONE ...; the first line of a word counts"
     parser.add_argument("--lexicon", type=runs.names, default=LEXICON, help=about)
-    return probe.parse(parser, arguments)
+    return parser
 
 
 def read_lexicon(paths):
@@ -60,7 +62,7 @@ def read_lexicon(paths):
 
 
 def read_split(folder, name, encode):
-    """The probe.Split of a folder in LibriSpeech's layout: audio, and .trans.txt with ID WORD ...
+    """The Split of a folder in LibriSpeech's layout: audio, and .trans.txt with ID WORD ...
 
     encode(words): numbers of symbols; if it raises ValueError, the utterance is skipped.
     """
@@ -87,7 +89,7 @@ def read_split(folder, name, encode):
         raise ValueError(f"{os.path.join(folder, name)}: no utterance is usable: {stem}: {reason}")
     part = corpus.part([audio[stem] for stem in labels])
     ids = [os.path.basename(stem) for stem in labels]
-    return probe.Split(name, part, ids, list(labels.values()), skipped)
+    return Split(name, part, ids, list(labels.values()), skipped)
 
 
 def read_splits(folder, names, encode):
@@ -194,12 +196,12 @@ def evaluate_task(args, task):
     """The result of args.upstream in a task with transcripts."""
     with runs.one_line_errors():
         splits = read_splits(args.data, args.splits, task.encode)
-        upstream = probe.Upstream(args)
+        upstream = Upstream(args)
     return probe.evaluate(args, task, upstream, *splits)
 
 
 def main(arguments=None):
-    probe.main(parse, evaluate, arguments)
+    probe.main(make_parser(), evaluate, arguments)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ from evaluate_pr import SPLITS, ctc_greedy, ctc_loss, edit_distances, evaluate_t
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
 
 
-def parse(arguments=None):
-    parser = probe.parser(__doc__, "asr", splits=SPLITS, steps=200_000, eval_every=2000)
+def make_parser():
+    parser = probe.make_parser(__doc__, "asr", steps=200_000, eval_every=2000)
+    parser.add_argument("--splits", type=runs.names, default=SPLITS, help="train, dev and test")
     parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
-    return probe.parse(parser, arguments)
+    return parser
 
 
 class SpecAugment(nn.Module):
@@ -136,7 +137,7 @@ def evaluate(args):
 
 
 def main(arguments=None):
-    probe.main(parse, evaluate, arguments)
+    probe.main(make_parser(), evaluate, arguments)
 
 
 if __name__ == "__main__":

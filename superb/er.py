@@ -21,14 +21,15 @@ import numpy as np
 import data
 import probe
 from superb.sid import Classification, make_split, read_corpus, read_table
+from superb.upstream import Upstream
 
 EMOTIONS = {"neu": "neutral", "hap": "happy", "exc": "happy", "sad": "sad", "ang": "angry"}
 
 
-def parse(arguments=None):
-    parser = probe.parser(__doc__, "er", data="data/IEMOCAP", steps=30_000)
+def make_parser():
+    parser = probe.make_parser(__doc__, "er", data="data/IEMOCAP", steps=30_000)
     parser.add_argument("--manifest", help="a .csv of path,label,fold; paths as in superb.sid")
-    return probe.parse(parser, arguments)
+    return parser
 
 
 def read_iemocap(folder):
@@ -82,7 +83,7 @@ def evaluate(args):
             classes, folds = read_folds(os.path.dirname(args.manifest), rows, args.seed)
         else:
             classes, folds = read_folds(args.data, read_iemocap(args.data), args.seed)
-        upstream = probe.Upstream(args)
+        upstream = Upstream(args)
     task = Classification("emotion recognition", classes)
     results, texts = [], {"test.ref": [], "test.hyp": []}
     for fold, splits in folds.items():
@@ -115,7 +116,7 @@ def evaluate(args):
 
 
 def main(arguments=None):
-    probe.main(parse, evaluate, arguments)
+    probe.main(make_parser(), evaluate, arguments)
 
 
 if __name__ == "__main__":

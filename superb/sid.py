@@ -18,17 +18,18 @@ from torch import nn
 
 import data
 import probe
+from superb.upstream import Split, Upstream
 
 SPLIT_NAMES = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
 
 
-def parse(arguments=None):
+def make_parser():
     defaults = {"data": "data/VoxCeleb1", "steps": 200_000, "eval_every": 4000}
-    parser = probe.parser(__doc__, "sid", **defaults)
+    parser = probe.make_parser(__doc__, "sid", **defaults)
     about = "a .csv of path,label,split (train, dev or test); paths are relative to its folder"
     parser.add_argument("--manifest", help=about)
     parser.add_argument("--crop", type=float, default=8.0, help="seconds per utterance in training")
-    return probe.parse(parser, arguments)
+    return parser
 
 
 def read_voxceleb1(folder):
@@ -94,7 +95,7 @@ def read_corpus(root, rows):
 
 
 def make_split(name, corpus, rows, classes):
-    """The probe.Split of rows (path, class, ...) of a corpus."""
+    """The Split of rows (path, class, ...) of a corpus."""
     indices = {path: i for i, path in enumerate(corpus.paths)}
     used = [row for row in rows if row[0] in indices]
     if not used:
@@ -102,7 +103,7 @@ def make_split(name, corpus, rows, classes):
     ids = [row[0] for row in used]
     labels = [torch.tensor(classes.index(row[1])) for row in used]
     skipped = {row[0]: corpus.skipped[row[0]] for row in rows if row[0] not in indices}
-    return probe.Split(name, corpus.part([indices[id] for id in ids]), ids, labels, skipped)
+    return Split(name, corpus.part([indices[id] for id in ids]), ids, labels, skipped)
 
 
 def read_splits(root, rows):
@@ -188,14 +189,14 @@ def evaluate(args):
             speakers, splits = read_splits(os.path.dirname(args.manifest), rows)
         else:
             speakers, splits = read_splits(args.data, read_voxceleb1(args.data))
-        upstream = probe.Upstream(args)
+        upstream = Upstream(args)
     crop = upstream.encoder.frames(int(args.crop * data.SAMPLE_RATE))
     task = Classification("speaker identification", speakers, crop)
     return probe.evaluate(args, task, upstream, *splits)
 
 
 def main(arguments=None):
-    probe.main(parse, evaluate, arguments)
+    probe.main(make_parser(), evaluate, arguments)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from conftest import flags_of, on_cpu, read_symbols, refused, write_audio
 import probe
 from superb import er
 from superb.sid import read_table
+from superb.upstream import Upstream
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +47,9 @@ def finished(emotions, upstreams, tmp_path_factory):
 
 def count_calls(out, **settings):
     """(result.json of a run, how often the upstream ran)."""
-    computed, call = [], probe.Upstream.__call__
+    computed, call = [], Upstream.__call__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(probe.Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
+        patch.setattr(Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
         return score(out, **settings), len(computed)
 
 
@@ -95,7 +96,7 @@ def test_upstream_runs_once_per_utterance_and_once_more_in_noise(finished, tmp_p
 
 def test_only_the_folds_that_are_missing_are_run_again(finished, monkeypatch):
     out, settings, expected, _ = finished
-    monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
+    monkeypatch.setattr(Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
     os.remove(out / "result.json")
     assert score(out, **settings) == expected
 

@@ -16,10 +16,10 @@ import torchaudio
 from conftest import command, environment, flags_of, noise, on_cpu, refused, write_audio
 from pytest import approx
 
-import cache
 import evaluate_pr
 import probe
 from demo import speech
+from superb.upstream import FilterBanks, States, Upstream
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory):
 
 def upstream(path, states="all"):
     args = argparse.Namespace(upstream=str(path), precision="fp32", states=states)
-    return probe.Upstream(args)
+    return Upstream(args)
 
 
 def flags(corpus, out, **more):
@@ -65,7 +65,7 @@ def checkpoint(folder):
 
 def test_filter_banks_are_those_of_superb():
     waveform = noise(1, 16000)
-    (states,) = probe.FilterBanks()(waveform)
+    (states,) = FilterBanks()(waveform)
     # s3prl's extracter: log Mel filter banks, deltas of deltas, mean and deviation per dimension.
     options = {"num_mel_bins": 80, "frame_length": 25.0, "frame_shift": 10.0}
     expected = torchaudio.compliance.kaldi.fbank(waveform, **options)
@@ -79,8 +79,8 @@ def test_filter_banks_are_those_of_superb():
 
 def test_filter_banks_of_silence_and_of_one_frame_are_finite():
     for waveform in (torch.zeros(1, 4000), noise(1, 400), torch.full((1, 8000), 0.25)):
-        (states,) = probe.FilterBanks()(waveform)
-        assert states.shape[1] == probe.FilterBanks().frames(waveform.shape[1])
+        (states,) = FilterBanks()(waveform)
+        assert states.shape[1] == FilterBanks().frames(waveform.shape[1])
         assert states.abs().max() < 100
 
 
@@ -128,7 +128,7 @@ def test_scores_are_the_same_bit_for_bit_wherever_the_states_are(
     score(corpus, tmp_path / "files", cache=tmp_path / "cache", workers=1, **settings)
     files = sorted(tmp_path.glob("cache/*/*/*/*/*.pt"))
     assert len(files) == 24 + 8 + 8 and torch.load(files[0]).dtype == torch.bfloat16
-    monkeypatch.setattr(cache, "free_memory", lambda: 0)
+    monkeypatch.setattr("superb.upstream.free_memory", lambda: 0)
     score(corpus, tmp_path / "neither", workers=1, **settings)
     assert "computed at every step" in capsys.readouterr().out
     for name in ("files", "neither"):
@@ -141,8 +141,8 @@ def test_cached_states_are_reused_and_damaged_files_computed_again(
     settings = {"upstream": upstreams / "student.pt", "steps": 4, "cache": tmp_path / "cache"}
     score(corpus, tmp_path / "first", **settings)
     computed = []
-    call = probe.Upstream.__call__
-    monkeypatch.setattr(probe.Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
+    call = Upstream.__call__
+    monkeypatch.setattr(Upstream, "__call__", lambda *a: computed.append(1) or call(*a))
     score(corpus, tmp_path / "second", **settings)
     assert not computed
     for path in tmp_path.glob("cache/*/test-clean/*/*/*.pt"):
@@ -156,7 +156,7 @@ def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
     task = evaluate_pr.PhonemeRecognition(evaluate_pr.read_lexicon([corpus / "lexicon.txt"]))
     split = evaluate_pr.read_split(str(corpus), "test-clean", task.encode)
     network = upstream(upstreams / "hubert.pt")
-    dataset = cache.States(split, {})
+    dataset = States(split, {})
     torch.manual_seed(0)
     model = probe.Probe(len(network.layers), task.head(network.dim))
     with torch.no_grad():
@@ -165,7 +165,7 @@ def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
     found = []
     for size in (1, 8):
         args = argparse.Namespace(batch_size=size, workers=0)
-        ((_, _, _, hypotheses),) = probe.score(args, task, network, [model], dataset, stop)
+        _, (hypotheses,) = probe.predict(args, task, network, [model], dataset, stop)
         found.append(hypotheses)
     assert found[0] == found[1] and len(set(map(str, found[0]))) > 3
 
@@ -232,7 +232,7 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(corpus, whole, tmp_path,
 
 def test_finished_run_prints_its_result_and_changes_nothing(corpus, whole, capsys, monkeypatch):
     out, settings = whole
-    monkeypatch.setattr(probe.Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
+    monkeypatch.setattr(Upstream, "__call__", lambda *_: pytest.fail("upstream was run"))
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     result = score(corpus, out, **settings)
     assert f"PER {result['per']:.2%}" in capsys.readouterr().out
@@ -395,7 +395,7 @@ def test_audio_that_cannot_be_used_is_named_in_one_line(
         content[21] &= 0xF0
         content[22:26] = bytes(4)
     if problem == "long":
-        monkeypatch.setattr(probe, "MAX_SECONDS", 2)
+        monkeypatch.setattr("superb.upstream.MAX_SECONDS", 2)
     audio.write_bytes(content)
     line = refused(capsys, evaluate_pr, flags(tmp_path / "corpus", tmp_path / "out", **more))
     assert re.search(words, line) and (problem == "long" or audio.name in line)
@@ -407,9 +407,9 @@ def test_audio_that_cannot_be_used_is_named_in_one_line(
 )
 def test_defaults_are_those_of_superb(task, steps, lr, capsys):
     program = importlib.import_module("evaluate_pr" if task == "pr" else f"superb.{task}")
-    args = program.parse([])
+    args = program.make_parser().parse_args([])
     assert (args.task, args.steps, args.batch_size, args.lr) == (task, steps, 32, [lr])
     assert getattr(args, "crop", 8.0) == 8.0 and getattr(args, "hidden", 1024) == 1024
     with pytest.raises(SystemExit):
-        program.parse(["--help"])
+        program.make_parser().parse_args(["--help"])
     assert capsys.readouterr().out.count("default: ") >= 12

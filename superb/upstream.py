@@ -1,0 +1,207 @@
+"""Labelled utterances to hidden states of a frozen upstream: cached, in memory, or per step."""
+
+import runs
+
+import contextlib
+import os
+
+import torch
+import torchaudio
+from torch import nn
+
+import data
+from cache import Cache, file_name, key
+from student import load_student
+from teachers import digest, load_teacher
+
+MAX_SECONDS = 160  # the upstream gets whole utterances
+
+
+class Split:
+    """Labelled utterances of a data.Corpus.
+
+    ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
+    Raises ValueError if an utterance is too long.
+    """
+
+    noise = noise_key = None
+
+    def __init__(self, name, corpus, ids, labels, skipped):
+        self.name, self.corpus, self.skipped = name, corpus, skipped
+        self.ids, self.labels = ids, labels
+        self.counts = {"utterances": len(ids), "skipped": len(skipped)}
+        longest = int(corpus.samples.argmax())
+        seconds = corpus.samples[longest] / data.SAMPLE_RATE
+        if seconds > MAX_SECONDS:
+            problem = f"{seconds:.0f} s, evaluations take up to {MAX_SECONDS} s; split it"
+            raise ValueError(f"{self.path(longest)}: {problem}")
+
+    def add_noise(self, folder, snr):
+        """Mixes noise into all utterances from now on. Raises ValueError, OSError.
+
+        The noise depends on the place i in the split, so noise_key covers the order of the paths.
+        """
+        self.noise = data.Noise(folder, snr)
+        files = [file_name(self.noise.corpus, i) for i in range(len(self.noise.corpus))]
+        self.noise_key = key(files, self.noise.snr, self.corpus.paths)
+
+    def path(self, i):
+        return os.path.join(self.corpus.root, self.corpus.paths[i])
+
+    def read(self, i):
+        """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
+        try:
+            waveform = self.corpus.read(i)
+            return self.noise.mix(waveform, i) if self.noise else waveform
+        except data.UNREADABLE as error:
+            raise ValueError(f"{self.path(i)}: {error}; restore it") from None
+
+
+class FilterBanks(nn.Module):
+    """SUPERB's baseline: 80 log Mel filter banks, deltas and delta-deltas, normalized, every 10 ms.
+
+    Source: s3prl's upstream/baseline/fbank.yaml and extracter.py.
+    """
+
+    def frames(self, samples):
+        """Number of windows of 25 ms that lie within the utterance."""
+        return max((samples - 400) // 160 + 1, 0)
+
+    def forward(self, waveforms, layers=None):
+        """(1, samples) at 16 kHz to one state, [(1, frames, 240)]; `layers` has no effect."""
+        mel = torchaudio.compliance.kaldi.fbank(waveforms, num_mel_bins=80, sample_frequency=16000)
+        delta = torchaudio.functional.compute_deltas(mel.t())
+        x = torch.cat([mel, delta.t(), torchaudio.functional.compute_deltas(delta).t()], dim=1)
+        # Not in s3prl: without a minimum, a silent band becomes loud rounding noise.
+        deviation = x.std(0, correction=min(1, len(x) - 1)).clamp(min=1e-5)
+        return [((x - x.mean(0)) / deviation)[None]]
+
+
+def state_numbers(text):
+    """Flag type: all, last, or numbers of hidden states."""
+    return text if text in ("all", "last") else sorted({int(state) for state in text.split(",")})
+
+
+class Upstream:
+    """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
+
+    layers: the hidden states in use, from 0; dim: width of each; digest: hash of sizes and weights.
+    memory: {(path, noise_key): (states, frames, dim)}, shared by all folds.
+    """
+
+    def __init__(self, args):
+        self.device = runs.find_device()
+        self.precision = runs.precision(args.precision, self.device)
+        self.memory = {}
+        path, last = args.upstream, 0
+        if path == "fbank":
+            self.encoder, self.precision = FilterBanks(), "fp32"
+            self.digest, self.dim = key(path), 240
+        else:
+            self.encoder = load_encoder(path, self.device)
+            self.digest, self.dim = digest(self.encoder), self.encoder.config.dim
+            last = self.encoder.config.layers
+        named = {"all": list(range(last + 1)), "last": [last]}
+        self.layers = named.get(str(args.states), args.states)
+        if not 0 <= min(self.layers) <= max(self.layers) <= last:
+            raise ValueError(f"--states {args.states}: {path} has hidden states 0 to {last}")
+
+    @torch.no_grad()
+    def __call__(self, waveform):
+        """Hidden states of a waveform, (states, frames, dim), in bfloat16 as they are cached."""
+        waveforms = waveform[None].to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            found = self.encoder(waveforms, layers=self.layers)
+        return torch.cat(found).bfloat16()
+
+
+def load_encoder(path, device):
+    """The encoder of a student or of a teacher, in eval mode."""
+    if os.path.isfile(path) or path.endswith("student.pt"):
+        with contextlib.suppress(ValueError):  # not a student
+            return load_student(path, device).encoder.requires_grad_(False)
+    return load_teacher(path, device)
+
+
+class States(torch.utils.data.Dataset):
+    """Hidden states of the utterances of a Split, read in batches by a loader's workers.
+
+    memory: that of the Upstream; cache: a Cache, or None.
+    """
+
+    def __init__(self, split, memory, cache=None):
+        self.split, self.memory, self.cache = split, memory, cache
+
+    def memory_key(self, i):
+        return self.split.path(i), self.split.noise_key
+
+    def load(self, i):
+        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
+        if self.memory_key(i) in self.memory:
+            return self.memory[self.memory_key(i)]
+        if self.cache:
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
+                return runs.load(self.cache.path(i))
+        return self.split.read(i)
+
+    def __getitem__(self, indices):
+        return [self.load(i) for i in indices]
+
+
+def compute_states(args, upstream, splits, stop):
+    """{split: its States}: computed into --cache, or into memory if half of what is free is enough.
+
+    args: cache, batch_size and workers are used.
+    """
+    frame_bytes = 2 * len(upstream.layers) * upstream.dim  # bfloat16
+    datasets, missing = {}, {}  # missing: {(dataset, utterance): bytes}
+    for split in splits:
+        dataset = datasets[split] = States(split, upstream.memory)
+        sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
+        if args.cache:
+            name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
+            dataset.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
+            label = f"states of {split.name}"
+            dataset.cache.fill(lambda i, s=split: upstream(s.read(i)).cpu(), sizes, label, stop)
+            data.check_shared_memory(args.batch_size * max(sizes), args.workers)
+        else:
+            for i, size in enumerate(sizes):
+                if dataset.memory_key(i) not in upstream.memory:
+                    missing[dataset, i] = size
+    if missing:
+        needed = sum(missing.values())
+        fits = needed < free_memory() / 2
+        place = "in memory" if fits else "computed at every step; --cache DIR would store them"
+        print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
+        if fits:
+            for dataset, i in missing:
+                if stop.number:
+                    raise SystemExit(128 + stop.number)
+                upstream.memory[dataset.memory_key(i)] = upstream(dataset.split.read(i)).cpu()
+    return datasets
+
+
+def free_memory():
+    """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
+    free = 0
+    with contextlib.suppress(OSError, ValueError):  # not Linux, or the limit is "max"
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = dict(line.split(":") for line in file)
+        free = int(sizes["MemAvailable"].split()[0]) * 1024
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            free = min(free, int(file.read()))
+    return free
+
+
+def load_states(upstream, dataset, plan, workers, stop):
+    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
+
+    dataset: States; plan: per batch, the indices of its utterances.
+    """
+    workers = 0 if dataset.memory_key(0) in upstream.memory else workers  # they would copy it
+    for items in data.load_batches(dataset, plan, workers, upstream.device.type == "cuda", stop):
+        items = [upstream(x) if x.dim() == 1 else x for x in items]  # 1: a waveform
+        items = [x.to(upstream.device, non_blocking=True) for x in items]
+        frames = [x.shape[1] for x in items]
+        items = [nn.functional.pad(x, (0, 0, 0, max(frames) - x.shape[1])) for x in items]
+        yield torch.stack(items, dim=1).float(), torch.tensor(frames)
