@@ -37,10 +37,7 @@ locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
 def run(program):
-    """Calls program() and ends the process at once: after an exception with code 1.
-
-    Python would first join data-loading workers, which may wait for a disk or for this process.
-    """
+    """Calls program() and ends the process at once: after an exception with code 1."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     code = 0
@@ -60,7 +57,7 @@ def run(program):
         worker.kill()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(code)  # without joining workers: they may wait for a disk or for this process
 
 
 # ------------------------------------------------------------------ ranks and devices
@@ -105,13 +102,14 @@ def find_device(cpu_ok=False):
         ctypes.CDLL("libc.so.6").mallopt(-4, 0)
         ctypes.CDLL("libc.so.6").mallopt(-1, -1)
     if LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
-        torch.set_num_threads(max(1, cores() // LOCAL_WORLD_SIZE))
+        torch.set_num_threads(cores())
     return torch.device("cpu")
 
 
 def cores():
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    """Number of cores per rank, of those that this process may use."""
+    total = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, total // LOCAL_WORLD_SIZE)
 
 
 def precision(requested, device):

@@ -71,8 +71,7 @@ def parse(arguments=None):
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="mixed precision; auto is bf16 if the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
-    add("--workers", type=runs.whole,
-        default=min(4, max(1, runs.cores() // runs.LOCAL_WORLD_SIZE)),
+    add("--workers", type=runs.whole, default=min(4, runs.cores()),
         help="data-loading workers per process")
     add("--seed", type=runs.whole, default=0, help="of initial weights, data order and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of metrics")
@@ -154,10 +153,9 @@ def main(arguments=None):
             runs.lock(args.out)
         checkpoint = runs.load_latest(args.out, CHECKPOINT)
         manifest = os.path.join(args.out, "manifest.tsv")
-        start = 0
+        start = checkpoint["step"] if checkpoint else 0
         if checkpoint:
             runs.check_same(args.out, checkpoint["settings"], settings)
-            start = checkpoint["step"]
         elif RANK == 0:
             if args.demo:
                 from demo import speech
@@ -186,8 +184,7 @@ def main(arguments=None):
         if args.init == "first":
             initialise(student, teachers[0])
         if checkpoint:
-            before = checkpoint["teachers"]  # {name: digest}, in the order of --teachers
-            before = {"--teachers": list(before)} | before
+            before = {"--teachers": list(checkpoint["teachers"])} | checkpoint["teachers"]
             runs.check_same(args.out, before, {"--teachers": names} | digests)
             student.load_state_dict(checkpoint["student"])
         share = args.batch_size // WORLD_SIZE  # utterances per process
@@ -212,11 +209,10 @@ def main(arguments=None):
         return quantize(compute_targets(teachers, layers_of, args.agg, waveform)[0])
 
     if args.cache and start < args.steps:
-        frames = student.encoder.frames  # equal for all, as check_frames has found
         source = inspect.getsource(aggregate)  # edited code has a folder of its own
         name = key(list(digests.values()), layers_of, args.agg, args.precision, source)
         cache = Cache(os.path.join(args.cache, f"targets-{args.agg}-{name}"), corpus)
-        sizes = [sum(dims) * (frames(samples) + 4) for samples in corpus.samples.tolist()]
+        sizes = [sum(dims) * (student.encoder.frames(n) + 4) for n in corpus.samples.tolist()]
         cache.fill(compute_cached, sizes, "targets", stop)
         batches = CachedTargets(cache, *batching)
         teachers = []  # frees their memory
