@@ -319,7 +319,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
         longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
     if max_seconds and longest < 2 * MIN_SAMPLES:
         raise ValueError(f"--max-seconds {max_seconds} is less than two frames, 0.05")
-    paths, starts, samples = [], [], []
+    rows = []
     for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
         if length < MIN_SAMPLES:
             corpus.skipped[path] = f"{length} samples, shorter than a frame"
@@ -328,12 +328,10 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
         if pieces > 1:
             corpus.pieces.add(path)
         edges = start + np.arange(pieces + 1) * length // pieces
-        paths += [path] * pieces
-        starts += edges[:-1].tolist()
-        samples += np.diff(edges).tolist()
-    if not paths:
+        rows += [(path, first, end - first) for first, end in zip(edges, edges[1:])]
+    if not rows:
         raise ValueError(f"{data}: no audio to train on")
-    return Corpus(corpus.root, paths, starts, samples, corpus.skipped, corpus.pieces)
+    return Corpus(corpus.root, *zip(*rows), corpus.skipped, corpus.pieces)
 
 
 def scan(folder, splits):
@@ -410,13 +408,14 @@ def read_manifest(path, moved_root=None):
     """
     rows, pieces, root = [], set(), os.path.dirname(os.path.realpath(path))
     for number, line in read_lines(path):
-        name, *numbers = line.rstrip("\r\n").split("\t")
+        line = line.rstrip("\r\n")
+        row = re.fullmatch("([^\t]*)\t(?:([0-9]{1,15})\t)?([0-9]{1,15})", line)
         if number == 1:
-            root = os.path.join(root, name)
-        elif len(numbers) in (1, 2) and all(re.fullmatch("[0-9]{1,15}", text) for text in numbers):
-            start, samples = numbers if len(numbers) == 2 else (0, numbers[0])
-            rows.append((name, int(start), int(samples)))
-            if len(numbers) == 2:
+            root = os.path.join(root, line.split("\t")[0])
+        elif row:
+            name, start, samples = row.groups()
+            rows.append((name, int(start or 0), int(samples)))
+            if start:
                 pieces.add(name)
         else:
             problem = f"not 'path<tab>samples': {line.strip()[:60]!r}"

@@ -300,11 +300,8 @@ def plain(settings):
         settings = vars(settings).get("_content", vars(settings))
     if not isinstance(settings, dict):
         return {}
-    found = {}
-    for name, value in settings.items():
-        is_node = isinstance(value, Placeholder)  # omegaconf wraps every value in a node
-        found[name] = vars(value).get("_val", value) if is_node else value
-    return found
+    # omegaconf wraps every value in a node.
+    return {name: getattr(value, "_val", value) for name, value in settings.items()}
 
 
 def read_checkpoint(path):
