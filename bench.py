@@ -31,12 +31,10 @@ WARMUP = 2  # steps that are not timed
 def write_audio(folder, seconds):
     """Writes one FLAC file of noise per length in seconds. Returns the Corpus."""
     rng = np.random.default_rng(0)
-    samples = [int(length * data.SAMPLE_RATE) for length in seconds]
-    paths = [f"{number}.flac" for number in range(len(samples))]
-    for path, length in zip(paths, samples):
-        noise = 0.1 * rng.standard_normal(length)
-        soundfile.write(f"{folder}/{path}", noise, data.SAMPLE_RATE)
-    return data.Corpus(folder, paths, [0] * len(paths), samples)
+    for number, length in enumerate(seconds):
+        noise = 0.1 * rng.standard_normal(int(length * data.SAMPLE_RATE))
+        soundfile.write(f"{folder}/{number:03}.flac", noise, data.SAMPLE_RATE)
+    return data.find_corpus(folder, ["."])
 
 
 def main(arguments=None):
@@ -71,11 +69,9 @@ def main(arguments=None):
         train.compile_networks([*teachers, student])
     stop = runs.StopSignal()
 
-    def compute_targets(waveforms):
-        return train.compute_targets(teachers, layers_of, args.agg, waveforms)
-
     def compute_cached(i):
-        return quantize(compute_targets(corpus.read(i)[None].to(device))[0])
+        waveform = corpus.read(i)[None].to(device)
+        return quantize(train.compute_targets(teachers, layers_of, args.agg, waveform)[0])
 
     def now():
         if device.type == "cuda":  # parts wait for each other, which makes a step a bit slower
@@ -92,7 +88,7 @@ def main(arguments=None):
         if "values" in batch:
             targets = dequantize(batch["values"], batch["scale"])
         else:
-            targets = compute_targets(batch["waveforms"])
+            targets = train.compute_targets(teachers, layers_of, args.agg, batch["waveforms"])
         times.append(now())
         with bf16:
             predictions = student(batch["waveforms"])
@@ -113,9 +109,8 @@ def main(arguments=None):
         corpus = write_audio(folder, args.seconds)
         batches = {"step": data.TrainBatches(corpus, len(corpus))}
         if args.cache:
-            frames = teachers[0].frames
             cache = Cache(f"{folder}/targets", corpus)
-            sizes = [sum(dims) * (frames(samples) + 4) for samples in corpus.samples.tolist()]
+            sizes = [sum(dims) * (student.encoder.frames(n) + 4) for n in corpus.samples.tolist()]
             cache.fill(compute_cached, sizes, "targets", stop)
             batches["step with cached targets"] = CachedTargets(cache, len(corpus))
         steps = range(WARMUP + args.steps)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torchaudio
+from torchaudio.functional import edit_distance
 
 TASKS = {
     "phoneme recognition": "PR (PER, ↓)",
@@ -106,8 +106,7 @@ def read_errors(result):
         counts = [(ref == hyp, 1) for ref, hyp in pairs]
     else:
         words = [(ref.split()[1:], hyp.split()[1:]) for ref, hyp in pairs]
-        distance = torchaudio.functional.edit_distance
-        counts = [(distance(ref, hyp), len(ref)) for ref, hyp in words]
+        counts = [(edit_distance(ref, hyp), len(ref)) for ref, hyp in words]
     held_out = result.get("held_out", {"": pairs})  # {fold: utterance ids}
     ends = np.cumsum([len(ids) for ids in held_out.values()])[:-1]
     return [fold.T for fold in np.split(np.array(counts, float), ends)], tuple(references)
@@ -210,8 +209,7 @@ def table(rows, against=None):
         entries = [entry.ljust(width) for entry, width in zip(line, widths)]
         text += f"| {' | '.join(entries)} |\n"
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
-    has_seeds = any(len(results) > 1 for row in rows for results in row.results.values())
-    over = "utterances and seeds" if has_seeds else "utterances"
+    over = "utterances and seeds" if "seeds" in samples else "utterances"
     text += f"\nPercent; 95% intervals are over {over}. Test sets: {samples}. "
     return text + "Bold: the best of a task; differences whose interval excludes 0.\n"
 
@@ -237,11 +235,10 @@ def new_figure(count, width, height, title):
 
 def save_picture(figure, path, label):
     """Writes an SVG with an aria-label."""
-    svg = io.BytesIO()
+    svg = io.StringIO()
     figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
     root = f'<svg role="img" aria-label="{html.escape(label)}" '
-    with runs.atomic(path) as file:
-        file.write(svg.getvalue().replace(b"<svg ", root.encode(), 1))
+    runs.write_text(path, svg.getvalue().replace("<svg ", root, 1))
 
 
 def draw_rows(rows, path, title, note, width, plot):

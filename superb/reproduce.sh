@@ -72,21 +72,20 @@ evaluate() {  # evaluate TASK FLAGS...
 }
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
-    local row=$1 cache=() folder upstream=$5 seed task
+    local row=$1 folder upstream=$5 seed task
     local scratch=$CACHE/reproduce/${OUT//\//.}.${SEEDS// /.}/$row  # of this run alone
     grep -q "^$row"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
     [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
-    [ -z "$CACHE" ] || cache=(--cache "$scratch")
     for seed in $SEEDS; do
         folder=$OUT/$row/seed-$seed
         if [ "$4" = train ]; then
             upstream=$folder/student.pt
             part "$row/seed-$seed" "${train[@]}" --teachers "${@:5}" --seed "$seed" \
-                --out "$folder" "${cache[@]}" || continue
+                --out "$folder" ${CACHE:+--cache "$scratch"} || continue
         fi
         for task in $TASKS; do
             part "$row/seed-$seed/$task" evaluate "$task" --upstream "$upstream" --seed "$seed" \
-                --out "$folder/$task" "${cache[@]}"
+                --out "$folder/$task" ${CACHE:+--cache "$scratch"}
         done
     done
     [ -z "$CACHE" ] || rm -rf "$scratch"
