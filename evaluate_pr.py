@@ -164,7 +164,7 @@ class PhonemeRecognition:
 
     def __init__(self, lexicon):
         self.lexicon = lexicon
-        self.symbols = sorted({phone for phones in lexicon.values() for phone in phones})
+        self.symbols = sorted(set().union(*lexicon.values()))
         self.numbers = {phone: number for number, phone in enumerate(self.symbols, start=1)}
 
     def head(self, dim):

@@ -48,13 +48,11 @@ class SpecAugment(nn.Module):
             return x
         centre = int(torch.randint(window, frames - window, ()))
         moved = centre + int(torch.randint(1 - window, window + 1, ()))
-        before = self.stretch(x[:centre], moved)
-        after = self.stretch(x[centre:frames], frames - moved)
-        return torch.cat([before, after, x[frames:]])
-
-    def stretch(self, x, frames):
-        size = (frames, x.shape[1])
-        return F.interpolate(x[None, None], size, mode="bicubic")[0, 0]
+        parts = []
+        for part, length in ((x[:centre], moved), (x[centre:frames], frames - moved)):
+            size = (length, x.shape[1])
+            parts.append(F.interpolate(part[None, None], size, mode="bicubic")[0, 0])
+        return torch.cat([*parts, x[frames:]])
 
 
 class BiLSTM(nn.Module):
@@ -73,8 +71,8 @@ class BiLSTM(nn.Module):
         time = torch.arange(x.shape[1], device=x.device)
         frames = frames.to(x.device)[:, None]
         reverse = torch.where(time < frames, frames - 1 - time, time)[:, :, None]
-        backwards, _ = self.backwards(x.gather(1, reverse.expand_as(x)))
-        backwards = backwards.gather(1, reverse.expand_as(backwards))
+        backwards, _ = self.backwards(x.take_along_dim(reverse, dim=1))
+        backwards = backwards.take_along_dim(reverse, dim=1)
         return torch.cat([self.forwards(x)[0], backwards], dim=2)
 
 

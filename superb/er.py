@@ -66,10 +66,9 @@ def read_folds(root, rows, seed):
     folds = {}
     for fold in names:
         others = [row for row in readable if row[2] != fold]
-        drawn = np.random.default_rng(seed).permutation(len(others))
-        size = int(0.8 * len(others))
-        parts = {"train": [others[i] for i in sorted(drawn[:size])]}
-        parts["dev"] = [others[i] for i in sorted(drawn[size:])]
+        drawn = [others[i] for i in np.random.default_rng(seed).permutation(len(others))]
+        size = int(0.8 * len(drawn))
+        parts = {"train": drawn[:size], "dev": drawn[size:]}
         parts["test"] = [row for row in rows if row[2] == fold]
         folds[fold] = [make_split(name, corpus, parts[name], classes) for name in parts]
     return classes, folds

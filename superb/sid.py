@@ -40,13 +40,12 @@ def read_voxceleb1(folder):
         raise FileNotFoundError(f"{table}: missing; put {source} into the folder of --data")
     rows = []
     for number, line in data.read_lines(table):
+        place = f"{table}, line {number}"
         split, _, audio = line.strip().partition(" ")
         if split not in SPLIT_NAMES or not audio:
-            form = "1|2|3 SPEAKER/VIDEO/FILE.wav"
-            raise ValueError(f"{table}, line {number}: not '{form}' but {line.strip()[:60]!r}")
+            raise ValueError(f"{place}: not 1|2|3 SPEAKER/VIDEO/FILE.wav: {line.strip()[:60]!r}")
         paths = [f"{root}/{audio}" for root in ("wav", "dev/wav", "test/wav")]  # as it unpacks
         found = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
-        place = f"{table}, line {number}"
         rows.append(((found or paths)[0], audio.split("/")[0], SPLIT_NAMES[split], place))
     return rows
 
@@ -55,18 +54,18 @@ def read_table(path, columns):
     """[[value of each column, ..., place of the line]] of a .csv; values are stripped."""
     rows, header = [], None
     for number, line in data.read_lines(path):
+        place = f"{path}, line {number}"
         fields = [field.strip() for field in next(csv.reader([line]))]
         if header is None:
             header = fields
-            wrong = [column for column in columns if header.count(column) != 1]
-            if wrong:
-                need = f"it needs one column each of {', '.join(columns)}"
-                raise ValueError(f"{path}, line 1: {header.count(wrong[0])} {wrong[0]}; {need}")
+            for column in columns:
+                if header.count(column) != 1:
+                    raise ValueError(f"{place}: {header.count(column)} {column} columns, not one")
             continue
         row = dict(zip(header, fields))
         if not all(row.get(column) for column in columns):
-            raise ValueError(f"{path}, line {number}: a value of {','.join(columns)} is missing")
-        rows.append([row[column] for column in columns] + [f"{path}, line {number}"])
+            raise ValueError(f"{place}: a value of {','.join(columns)} is missing")
+        rows.append([row[column] for column in columns] + [place])
     if not rows:
         raise ValueError(f"{path}: no lines below the header")
     return rows
@@ -85,25 +84,21 @@ def read_corpus(root, rows):
         if file in places:
             raise ValueError(f"{place}: {path} is named twice, first in {places[file]}")
         places[file] = place
-    paths = [row[0] for row in rows]
-    lengths, skipped = data.read_lengths(root, paths)
-    data.check_skipped(skipped, len(paths))
+    lengths, skipped = data.read_lengths(root, [row[0] for row in rows])
+    data.check_skipped(skipped, len(rows))
     skipped |= {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
-    paths = [path for path in paths if path not in skipped]
-    samples = [lengths[path] for path in paths]
-    return data.Corpus(root, paths, [0] * len(paths), samples, skipped)
+    lengths = {path: n for path, n in lengths.items() if path not in skipped}
+    return data.Corpus(root, lengths, [0] * len(lengths), list(lengths.values()), skipped)
 
 
 def make_split(name, corpus, rows, classes):
-    """The Split of rows (path, class, ...) of a corpus."""
-    indices = {path: i for i, path in enumerate(corpus.paths)}
-    used = [row for row in rows if row[0] in indices]
-    if not used:
+    """The Split of rows (path, class, ...) of a corpus, in the order of the corpus."""
+    labels = {row[0]: torch.tensor(classes.index(row[1])) for row in rows}
+    part = corpus.part([i for i, path in enumerate(corpus.paths) if path in labels])
+    if not part:
         raise ValueError(f"{corpus.root or '.'}: no utterances for {name}")
-    ids = [row[0] for row in used]
-    labels = [torch.tensor(classes.index(row[1])) for row in used]
-    skipped = {row[0]: corpus.skipped[row[0]] for row in rows if row[0] not in indices}
-    return Split(name, corpus.part([indices[id] for id in ids]), ids, labels, skipped)
+    skipped = {path: reason for path, reason in corpus.skipped.items() if path in labels}
+    return Split(name, part, part.paths, [labels[path] for path in part.paths], skipped)
 
 
 def read_splits(root, rows):
@@ -130,8 +125,8 @@ def mean_over_frames(states, frames, crop=None):
         last_start = (frames - crop).clamp(min=0)
         start = (torch.rand(len(frames)) * (last_start + 1)).long()
         frames = frames.clamp(max=crop)
-    time = torch.arange(states.shape[-2])
-    inside = (time >= start[:, None]) & (time < (start + frames)[:, None])
+    time = torch.arange(states.shape[-2]) - start[:, None]  # from the start of the crop
+    inside = (time >= 0) & (time < frames[:, None])
     weights = (inside / frames[:, None]).to(states)
     return torch.matmul(weights[:, None], states)[..., 0, :]
 
