@@ -33,7 +33,7 @@ def file_name(corpus, i):
 
 
 class Cache:
-    """One .pt file per utterance of a Corpus; `folder` has a hash of networks and settings."""
+    """One .pt file per utterance of a Corpus, in a folder named after networks and settings."""
 
     def __init__(self, folder, corpus):
         self.folder, self.corpus = folder, corpus
