@@ -127,7 +127,7 @@ def ctc_greedy(log_probs, frames):
 def edit_distances(references, hypotheses):
     """(edit distances, lengths of the references), both (utterances,), of lists of symbols."""
     errors = map(torchaudio.functional.edit_distance, references, hypotheses)
-    return np.array(list(errors), float), np.array(list(map(len, references)), float)
+    return np.array(list(errors)), np.array(list(map(len, references)))
 
 
 # ------------------------------------------------------------------ the task

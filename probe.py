@@ -6,6 +6,7 @@ methods of PhonemeRecognition in evaluate_pr.py.
 
 import runs
 
+import functools
 import json
 import math
 import os
@@ -197,7 +198,10 @@ def evaluate(args, task, upstream, train, dev, test):
     errors, totals = task.count(references, hypotheses)
     value = float(errors.sum() / totals.sum())
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
-    result["interval"] = bootstrap((errors, totals))
+    # Per test set (errors, totals); the score is the mean of sum(errors) / sum(totals).
+    result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
+    result["interval"] = np.percentile(resample([result["per_utterance"]]), [2.5, 97.5]).tolist()
+    result["test_set"] = key(test.ids, references)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
@@ -210,8 +214,7 @@ def evaluate(args, task, upstream, train, dev, test):
     for name, texts in (("ref", references), ("hyp", hypotheses)):
         lines = [" ".join([id, *text]) + "\n" for id, text in zip(test.ids, texts)]
         runs.write_text(os.path.join(args.out, f"test.{name}"), "".join(lines))
-    runs.write_text(finished, json.dumps(result, indent=2))
-    print_result(args, result)
+    write_result(args, result)
     if stop.number:  # before the next fold
         raise SystemExit(128 + stop.number)
     return result
@@ -237,18 +240,35 @@ def predict(args, task, upstream, probes, dataset, stop):
     return [task.decode(label.tolist()) for label in split.labels], hypotheses
 
 
-def bootstrap(*sets):
-    """95% interval, [low, high], of sum(errors) / sum(totals) over 10,000 resamplings.
+def resample(seeds):
+    """(4000,) scores of resamplings of seeds and of utterances, with replacement: a bootstrap.
 
-    sets: one (errors, totals) per test set, each (utterances,); the scores of several are averaged.
+    seeds: per seed, a result["per_utterance"]. The draws are the same in every call, so that the
+    difference of two upstreams is paired.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
     """
-    rng, scores = np.random.default_rng(0), np.zeros(10_000)
-    for errors, totals in sets:
-        for i in range(len(scores)):
-            drawn = rng.integers(0, len(errors), len(errors))
-            scores[i] += errors[drawn].sum() / totals[drawn].sum() / len(sets)
-    return np.percentile(scores, [2.5, 97.5]).tolist()
+    scores = 0
+    for test_sets, times_drawn in zip(seeds, draws(len(seeds), 0).T):
+        for stream, counts in enumerate(test_sets, start=1):
+            counts = np.array(counts, np.float32)  # errors and totals
+            errors, totals = counts @ draws(counts.shape[1], stream).T
+            scores = scores + times_drawn * errors / totals / len(test_sets) / len(seeds)
+    return scores
+
+
+@functools.cache
+def draws(count, stream, resamples=4000):
+    """(resamples, count) float32: how often each of `count` items is drawn."""
+    rng = np.random.default_rng(stream)
+    return rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float32)
+
+
+def write_result(args, result):
+    """Writes OUT/result.json, one line per entry, and prints it."""
+    entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
+    path = os.path.join(args.out, "result.json")
+    runs.write_text(path, "{\n" + ",\n".join(entries) + "\n}\n")
+    print_result(args, result)
 
 
 def print_result(args, result):
@@ -260,4 +280,4 @@ def print_result(args, result):
     pairs = zip(result["upstream"]["layers"], result["layer_weights"])
     weights = ", ".join(f"{layer}: {weight:.2f}" for layer, weight in pairs)
     print(f"weights of the states: {weights}")
-    print(f"{args.out}: result.json, test.hyp, test.ref", flush=True)
+    print(f"{args.out}: the result", flush=True)

@@ -12,7 +12,6 @@ import runs
 
 import argparse
 import glob
-import json
 import os
 import re
 
@@ -20,6 +19,7 @@ import numpy as np
 
 import data
 import probe
+from cache import key
 from superb.sid import Classification, make_split, read_corpus, read_table
 from superb.upstream import Upstream
 
@@ -84,33 +84,28 @@ def evaluate(args):
             classes, folds = read_folds(args.data, read_iemocap(args.data), args.seed)
         upstream = Upstream(args)
     task = Classification("emotion recognition", classes)
-    results, texts = [], {"test.ref": [], "test.hyp": []}
+    results = []
     for fold, splits in folds.items():
         print(f"\nfold {fold}")
         out = os.path.join(args.out, f"fold-{fold}")
         fold_args = argparse.Namespace(**vars(args) | {"out": out})
         results.append(probe.evaluate(fold_args, task, upstream, *splits))
-        for name, found in texts.items():
-            with open(f"{out}/{name}", encoding="utf-8", errors="surrogateescape") as file:
-                found.append(file.readlines())
 
     accuracies = [result["accuracy"] for result in results]
     weights = [result["layer_weights"] for result in results]
     result = {name: results[0][name] for name in ("task", "metric", "upstream", "noise", "torch")}
     result["accuracy"] = float(np.mean(accuracies))
-    result["interval"] = probe.bootstrap(*map(task.count, *texts.values()))
+    counts = result["per_utterance"] = sum([fold["per_utterance"] for fold in results], [])
+    result["interval"] = np.percentile(probe.resample([counts]), [2.5, 97.5]).tolist()
+    result["test_set"] = key([fold["test_set"] for fold in results])
     result["deviation"] = float(np.std(accuracies, ddof=1))
     result["folds"] = dict(zip(folds, accuracies))
-    result["held_out"] = {fold: test.ids for fold, (_, _, test) in folds.items()}
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
     result["seconds"] = sum(fold["seconds"] for fold in results)
-    result["counts"] = {"test": {"utterances": sum(map(len, texts["test.ref"]))}}
+    result["counts"] = {"test": {"utterances": sum(len(errors) for errors, _ in counts)}}
     result["settings"] = vars(args)
-    for name, found in texts.items():
-        runs.write_text(f"{args.out}/{name}", "".join(sum(found, [])))
-    runs.write_text(f"{args.out}/result.json", json.dumps(result, indent=2))
     print(f"\nmean over {len(folds)} folds, deviation {result['deviation']:.2%}")
-    probe.print_result(args, result)
+    probe.write_result(args, result)
     return result
 
 

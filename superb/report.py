@@ -6,7 +6,6 @@ python -m superb.report --curves loss.svg runs/avg runs/concat runs/none
 
 import runs  # isort: skip
 
-import functools
 import html
 import io
 import json
@@ -15,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from torchaudio.functional import edit_distance
+
+from probe import resample
 
 TASKS = {
     "phoneme recognition": "PR (PER, ↓)",
@@ -68,7 +68,7 @@ def read_rows(folders):
             missing.append(str(folder))
             continue
         result = json.loads(path.read_text("utf-8"))
-        if result.get("task") not in TASKS or "interval" not in result:
+        if result.get("task") not in TASKS or "per_utterance" not in result:
             raise ValueError(f"{path}: not the result of an evaluation")
         has_task = folder.name in ("pr", "sid", "er", "asr")
         row, seed = find_row(folder.parent if has_task else folder)
@@ -76,8 +76,7 @@ def read_rows(folders):
         seeds = row.results.setdefault(TASKS[result["task"]], {})
         if seed in seeds:
             raise ValueError(f"{folder}: a second result of {row.name}; give only one")
-        score = [result[result["metric"].lower()], *result["interval"]]
-        seeds[seed] = result | {"folder": folder, "score": score}
+        seeds[seed] = result
     message = f"no result.json in {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
     if not rows:
         raise ValueError(message)
@@ -93,46 +92,6 @@ def tasks_of(rows):
 # ------------------------------------------------------------------ scores
 
 
-def read_errors(result):
-    """Reads test.ref and test.hyp: ([(errors, totals) per fold], references).
-
-    errors, totals: (utterances,). The score is the mean over folds of sum(errors) / sum(totals).
-    """
-    files = [result["folder"] / name for name in ("test.ref", "test.hyp")]
-    texts = [file.read_text("utf-8", "surrogateescape").splitlines() for file in files]
-    references, hypotheses = texts
-    pairs = list(zip(references, hypotheses, strict=True))
-    if result["metric"] == "accuracy":  # then "errors" are correct utterances
-        counts = [(ref == hyp, 1) for ref, hyp in pairs]
-    else:
-        words = [(ref.split()[1:], hyp.split()[1:]) for ref, hyp in pairs]
-        counts = [(edit_distance(ref, hyp), len(ref)) for ref, hyp in words]
-    held_out = result.get("held_out", {"": pairs})  # {fold: utterance ids}
-    ends = np.cumsum([len(ids) for ids in held_out.values()])[:-1]
-    return [fold.T for fold in np.split(np.array(counts, float), ends)], tuple(references)
-
-
-@functools.cache
-def draws(count, stream, resamples=4000):
-    """(resamples, count): how often each of `count` items is drawn, with replacement."""
-    rng = np.random.default_rng(stream)
-    return rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float32)
-
-
-def resample(seeds):
-    """(resamples,) mean scores, with seeds and utterances drawn with replacement.
-
-    seeds: the folds of each. The draws are the same for every row, so differences are paired.
-    """
-    scores = 0
-    for folds, times_drawn in zip(seeds, draws(len(seeds), 0).T):
-        for stream, (errors, totals) in enumerate(folds, start=1):
-            weights = draws(len(errors), stream)
-            ratio = (weights @ errors) / (weights @ totals)
-            scores = scores + times_drawn / len(seeds) * ratio / len(folds)
-    return scores
-
-
 def score_rows(rows, against=None):
     """Sets the scores of every row and, with `against`, a row's name, the differences from it.
 
@@ -146,16 +105,12 @@ def score_rows(rows, against=None):
         resampled, test_sets = {}, set()
         rows_of_task = [row for row in rows if task in row.results]
         for row in rows_of_task:
-            results = list(row.results[task].values())
-            score = np.mean([result["score"] for result in results], axis=0)
-            if base or len(results) > 1:
-                seeds, references = zip(*map(read_errors, results))
-                resampled[row.name] = resample(seeds)
-                test_sets.update(references)
-            if len(results) > 1:
-                score[1:] = np.percentile(resampled[row.name], [2.5, 97.5])
-            row.scores[task] = score
-        if len(test_sets) > 1:
+            results = row.results[task].values()
+            resampled[row.name] = resample([result["per_utterance"] for result in results])
+            mean = np.mean([result[result["metric"].lower()] for result in results])
+            row.scores[task] = np.array([mean, *np.percentile(resampled[row.name], [2.5, 97.5])])
+            test_sets |= {result["test_set"] for result in results}
+        if base and len(test_sets) > 1:
             raise ValueError(f"{task}: the rows were tested on different utterances")
         if base in rows_of_task:
             for row in [row for row in rows_of_task if row is not base]:

@@ -174,7 +174,7 @@ class Classification:
     def count(self, references, hypotheses):
         """(1 per correct utterance, 1 per utterance), both (utterances,)."""
         correct = [a == b for a, b in zip(references, hypotheses)]
-        return np.array(correct, float), np.ones(len(correct))
+        return np.array(correct, int), np.ones(len(correct), int)
 
 
 def evaluate(args):

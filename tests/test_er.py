@@ -58,15 +58,14 @@ def test_score_is_the_mean_over_held_out_folds(finished):
     assert list(result["folds"]) == ["0", "1", "2"] and result["accuracy"] > 0.65
     assert result["accuracy"] == pytest.approx(np.mean(list(result["folds"].values())))
     assert result["deviation"] == pytest.approx(np.std(list(result["folds"].values()), ddof=1))
-    references, hypotheses = read_symbols(out / "test.ref"), read_symbols(out / "test.hyp")
-    assert list(references) == list(hypotheses) == sum(result["held_out"].values(), [])
-    counts = []
-    for fold, names in result["held_out"].items():
-        assert all(int(name[:2]) % 3 == int(fold) for name in names) and len(names) == 12
-        correct = np.array([references[name] == hypotheses[name] for name in names], float)
-        assert result["folds"][fold] == pytest.approx(correct.mean())
-        counts.append((correct, np.ones(12)))
-    assert result["interval"] == pytest.approx(probe.bootstrap(*counts))
+    for fold, (errors, totals) in zip(result["folds"], result["per_utterance"]):
+        texts = [read_symbols(out / f"fold-{fold}/test.{name}") for name in ("ref", "hyp")]
+        assert all(int(name[:2]) % 3 == int(fold) for name in texts[0])
+        correct = [int(a == b) for a, b in zip(*map(dict.values, texts), strict=True)]
+        assert (errors, totals) == (correct, [1] * 12)
+        assert result["folds"][fold] == pytest.approx(np.mean(correct))
+    low, high = np.percentile(probe.resample([result["per_utterance"]]), [2.5, 97.5])
+    assert result["interval"] == [low, high] and low < result["accuracy"] < high
     assert result["counts"]["test"]["utterances"] == 36 and len(result["layer_weights"]) == 3
 
 
