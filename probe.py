@@ -200,7 +200,7 @@ def evaluate(args, task, upstream, train, dev, test):
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
     # Per test set (errors, totals); the score is the mean of sum(errors) / sum(totals).
     result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
-    result["interval"] = np.percentile(resample([result["per_utterance"]]), [2.5, 97.5]).tolist()
+    result["interval"] = np.percentile(bootstrap([result["per_utterance"]]), [2.5, 97.5]).tolist()
     result["test_set"] = key(test.ids, references)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
@@ -240,7 +240,7 @@ def predict(args, task, upstream, probes, dataset, stop):
     return [task.decode(label.tolist()) for label in split.labels], hypotheses
 
 
-def resample(seeds):
+def bootstrap(seeds):
     """(4000,) scores of resamplings of seeds and of utterances, with replacement: a bootstrap.
 
     seeds: per seed, a result["per_utterance"]. The draws are the same in every call, so that the

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probe import resample
+from probe import bootstrap
 
 TASKS = {
     "phoneme recognition": "PR (PER, ↓)",
@@ -102,19 +102,19 @@ def score_rows(rows, against=None):
         names = ", ".join(row.name for row in rows)
         raise ValueError(f"--against {against}: no such row; there are {names}")
     for task in tasks_of(rows):
-        resampled, test_sets = {}, set()
+        drawn, test_sets = {}, set()
         rows_of_task = [row for row in rows if task in row.results]
         for row in rows_of_task:
             results = row.results[task].values()
-            resampled[row.name] = resample([result["per_utterance"] for result in results])
+            drawn[row.name] = bootstrap([result["per_utterance"] for result in results])
             mean = np.mean([result[result["metric"].lower()] for result in results])
-            row.scores[task] = np.array([mean, *np.percentile(resampled[row.name], [2.5, 97.5])])
+            row.scores[task] = np.array([mean, *np.percentile(drawn[row.name], [2.5, 97.5])])
             test_sets |= {result["test_set"] for result in results}
         if base and len(test_sets) > 1:
             raise ValueError(f"{task}: the rows were tested on different utterances")
         if base in rows_of_task:
             for row in [row for row in rows_of_task if row is not base]:
-                difference = resampled[row.name] - resampled[against]
+                difference = drawn[row.name] - drawn[against]
                 value = row.scores[task][0] - base.scores[task][0]
                 row.differences[task] = np.array([value, *np.percentile(difference, [2.5, 97.5])])
 

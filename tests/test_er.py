@@ -64,7 +64,7 @@ def test_score_is_the_mean_over_held_out_folds(finished):
         correct = [int(a == b) for a, b in zip(*map(dict.values, texts), strict=True)]
         assert (errors, totals) == (correct, [1] * 12)
         assert result["folds"][fold] == pytest.approx(np.mean(correct))
-    low, high = np.percentile(probe.resample([result["per_utterance"]]), [2.5, 97.5])
+    low, high = np.percentile(probe.bootstrap([result["per_utterance"]]), [2.5, 97.5])
     assert result["interval"] == [low, high] and low < result["accuracy"] < high
     assert result["counts"]["test"]["utterances"] == 36 and len(result["layer_weights"]) == 3
 

@@ -329,12 +329,12 @@ def test_training_stops_if_no_gradient_is_finite(corpus, tmp_path, monkeypatch):
 
 def test_interval_is_a_bootstrap_over_utterances():
     half = [[0] * 50 + [1] * 50, [1] * 100]
-    low, high = np.percentile(probe.resample([[half]]), [2.5, 97.5])
+    low, high = np.percentile(probe.bootstrap([[half]]), [2.5, 97.5])
     assert low == approx(0.4, abs=0.02) and high == approx(0.6, abs=0.02)
     # Test sets of any size count the same, as do seeds.
     small = [[1, 1], [1, 1]]
-    assert probe.resample([[half, small]]).mean() == approx(0.75, abs=0.01)
-    assert probe.resample([[half], [small]]).mean() == approx(0.75, abs=0.02)
+    assert probe.bootstrap([[half, small]]).mean() == approx(0.75, abs=0.01)
+    assert probe.bootstrap([[half], [small]]).mean() == approx(0.75, abs=0.02)
 
 
 def test_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
