@@ -11,7 +11,6 @@ import re
 import shutil
 import signal
 import sys
-import time
 
 import numpy as np
 import soundfile
@@ -149,7 +148,8 @@ class TrainBatches(torch.utils.data.Dataset):
                 except UNREADABLE as error:
                     skipped[self.corpus.paths[i]] = str(error)
             else:
-                raise ValueError(f"step {step + 1}: no utterance is readable: {list(skipped)}")
+                path, reason = next(iter(skipped.items()))
+                raise ValueError(f"step {step + 1}: no utterance is readable: {path}: {reason}")
         batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
         return batch | {"paths": paths, "skipped": skipped}
 
@@ -336,12 +336,11 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
 
 def scan(folder, splits):
     """The Corpus of the audio files under sub-folders of a folder, lengths from their headers."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder of audio; see README for LibriSpeech")
     root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
-            raise FileNotFoundError(f"{os.path.join(folder, split)}: no such folder (--splits)")
+            place = os.path.join(folder, split)
+            raise FileNotFoundError(f"{place}: no such folder (--data, --splits); see README")
         for path in files_under(root, split):
             ending = os.path.splitext(path)[1].lower()
             if ending in EXTENSIONS:
@@ -377,7 +376,6 @@ def files_under(root, folder):
 
 def read_lengths(root, paths):
     """({path: samples} of the readable files, {path: reason} of the others)."""
-    lengths, unreadable, printed = {}, {}, time.monotonic()
 
     def length(path):
         try:
@@ -387,16 +385,12 @@ def read_lengths(root, paths):
         except UNREADABLE as error:
             return f"cannot be read: {error}"
 
+    if len(paths) > 10_000:
+        print(f"reading the headers of {len(paths):,} files in {root}", flush=True)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network disks have latency
-        for number, (path, found) in enumerate(zip(paths, pool.map(length, paths)), start=1):
-            if isinstance(found, str):
-                unreadable[path] = found
-            else:
-                lengths[path] = found
-            if time.monotonic() - printed > 10:
-                printed = time.monotonic()
-                print(f"scanning {root}: {number:,} of {len(paths):,} files", flush=True)
-    return lengths, unreadable
+        found = dict(zip(paths, pool.map(length, paths)))
+    unreadable = {path: reason for path, reason in found.items() if isinstance(reason, str)}
+    return {path: n for path, n in found.items() if path not in unreadable}, unreadable
 
 
 def read_manifest(path, moved_root=None):
@@ -452,7 +446,5 @@ def write_manifest(path, corpus):
 
 def read_lines(path):
     """[(line number from 1, line)] of the lines of a text that are not blank."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such file")
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         return [(number, line) for number, line in enumerate(file, start=1) if line.strip()]

@@ -20,8 +20,8 @@ import data
 from cache import key
 from superb.upstream import compute_states, load_states, state_numbers
 
-# Settings that may differ when a run resumes. What the paths among them hold is in `identity`:
-# weights, labels, noise, and of the audio the paths and lengths.
+# Settings that may differ when a run resumes. Of paths, what they contain is compared: weights,
+# labels, noise, and of the audio the paths and lengths.
 MAY_CHANGE = {"out", "cache", "workers", "log_every"}
 MAY_CHANGE |= {"upstream", "data", "lexicon", "manifest", "noise", "snr"}
 
@@ -30,17 +30,17 @@ def make_parser(description, task, **defaults):
     """The flags that all tasks share. task: sub-folder of --out; defaults: per flag."""
     parser = runs.Parser(description.split("\n")[0])
     add = parser.add_argument
-    add("--upstream", help="a student.pt, a teacher's name or checkpoint, or fbank")
+    add("--upstream", help="a student.pt or its folder, a teacher's name or path, or fbank")
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
     add("--out", help="folder of the run; if not given, beside a student.pt or in runs")
     add("--steps", type=runs.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=runs.count, default=32, help="utterances per step")
     add("--lr", type=runs.numbers, default="1e-4", help="Adam's learning rates, one probe per rate")
     add("--states", type=state_numbers, default="all", help="hidden states: all, last or 0,4,12")
-    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="of the upstream")
-    add("--noise", metavar="DIR", help="mix noise of the files there into the test split")
+    add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")
+    add("--noise", metavar="DIR", help="folder of noise files, mixed into the test split")
     add("--snr", type=runs.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
-    add("--cache", metavar="DIR", help="cache the hidden states there, for later runs too")
+    add("--cache", metavar="DIR", help="folder of cached hidden states, for later runs too")
     add("--workers", type=runs.whole, default=min(4, runs.cores()), help="data-loading workers")
     add("--seed", type=runs.whole, default=0, help="of initial weights, data order and dropout")
     add("--log-every", type=runs.count, default=100, help="steps between lines of progress")
@@ -55,6 +55,8 @@ def main(parser, evaluate_upstream, arguments):
     runs.init()
     with runs.one_line_errors():
         args = parser.parse_known_args(arguments)[0]
+        if runs.WORLD_SIZE > 1:
+            raise ValueError("an evaluation is one process: run python in place of torchrun")
         if args.demo:
             from demo import speech
 
@@ -86,14 +88,14 @@ class Probe(nn.Module):
         self.head = head
 
     def forward(self, states, frames):
-        """states: (states, batch, frames, dim); frames: (batch,), number per utterance."""
+        """states: (states, batch, frames, dim), or without frames if pooled; frames: (batch,)."""
         return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
 
 
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, selects on `dev`, scores on `test`.
 
-    The rates share the batches; each gives bit for bit, on a CPU, the result of a run of its own.
+    The rates share the batches; on a CPU each gives bit for bit the result that it gives alone.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
     # ------------------------------ set-up
@@ -160,15 +162,17 @@ def evaluate(args, task, upstream, train, dev, test):
                 optimizer.step()
             optimizer.zero_grad()
         if not any(map(math.isfinite, norms)):
-            ids = ", ".join(train.ids[i] for i in indices)
-            raise SystemExit(f"step {step}: the gradient is not finite at any rate; batch: {ids}")
+            ids = ", ".join(train.ids[i] for i in indices[:3])
+            problem = "the gradient is not finite at any rate; lower --lr, or check the batch"
+            raise SystemExit(f"step {step}: {problem}: {ids}, ...")
 
+        stopping = stop.number > 0
         last = step == args.steps
         if last or step % args.log_every == 0:
-            means = np.reshape(losses, (-1, len(probes))).mean(axis=0)
+            means = np.reshape(losses, (-1, len(probes))).mean(axis=0).round(4)
             speed = len(losses) / len(probes) / (time.monotonic() - printed)
-            speed = f"{speed:.3g} steps/s  {(args.steps - step) / speed / 60:.0f} min left"
-            print(f"step {step}/{args.steps}  loss {means.round(4)}  {speed}", flush=True)
+            left = f"{speed:.3g} steps/s  {(args.steps - step) / speed / 60:.0f} min left"
+            print(f"step {step}/{args.steps}  loss {means}  {left}", flush=True)
             losses, printed = [], time.monotonic()
         score_now = last or step % args.eval_every == 0
         if score_now:
@@ -182,26 +186,27 @@ def evaluate(args, task, upstream, train, dev, test):
                 if not run["best"] or sign * value > sign * run["best"]["score"]:
                     weights = {name: w.cpu().clone() for name, w in probe.state_dict().items()}
                     run["best"] = {"score": value, "step": step, "lr": lr, "probe": weights}
-        if score_now or stop.number:
+        if score_now or stopping:
             run |= {"step": step, "seconds": time.monotonic() - started}
             run["probes"] = [probe.state_dict() for probe in probes]
             run["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
             runs.save(os.path.join(args.out, "last.pt"), run, keep_previous=True)
-        if stop.number:
+        if stopping:
             print(f"{args.out}: stopped after step {step}; the same command resumes")
             raise SystemExit(128 + stop.number)
 
     # ------------------------------ result
-    best, probe = run["best"], probes[0]  # any of them, for the weights of the best
+    best = run["best"]
+    probe = probes[0]  # for the weights of the best
     probe.load_state_dict(best["probe"])
     references, [hypotheses] = predict(args, task, upstream, [probe], states_of[test], stop)
     errors, totals = task.count(references, hypotheses)
     value = float(errors.sum() / totals.sum())
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
-    # Per test set (errors, totals); the score is the mean of sum(errors) / sum(totals).
+    # Per test set, what task.count returns; er.py has several.
     result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
     result["interval"] = np.percentile(bootstrap([result["per_utterance"]]), [2.5, 97.5]).tolist()
-    result["test_set"] = key(test.ids, references)
+    result["test_set"] = key(test.ids, references, test.noise_key)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
@@ -275,9 +280,10 @@ def print_result(args, result):
     """Prints the score with its interval, and the learned weights of the hidden states."""
     metric, (low, high) = result["metric"], result["interval"]
     if result["noise"]:
-        print("test split: mixed with noise of {folder}, {snr} dB".format(**result["noise"]))
+        snr = " to ".join(f"{ratio:g}" for ratio in result["noise"]["snr"])
+        print(f"test split: mixed with noise of {result['noise']['folder']}, {snr} dB")
     print(f"{metric} {result[metric.lower()]:.2%}, 95% interval {low:.2%} to {high:.2%}")
     pairs = zip(result["upstream"]["layers"], result["layer_weights"])
     weights = ", ".join(f"{layer}: {weight:.2f}" for layer, weight in pairs)
     print(f"weights of the states: {weights}")
-    print(f"{args.out}: the result", flush=True)
+    print(f"{args.out}/result.json: the result", flush=True)

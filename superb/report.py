@@ -4,7 +4,7 @@ python -m superb.report runs/*/pr runs/*/sid --to results.md --picture scores.sv
 python -m superb.report --curves loss.svg runs/avg runs/concat runs/none
 """
 
-import runs  # isort: skip
+import runs
 
 import html
 import io
@@ -23,18 +23,18 @@ TASKS = {
     "emotion recognition": "ER (accuracy, ↑)",
     "speech recognition": "ASR (WER, ↓)",
 }
-BLUE, FAINT = "#1f6feb", "#d0d7de"
+BLUE, LIGHT_GREY = "#1f6feb", "#d0d7de"
 COLOURS = (BLUE, "#d1701a", "#1a7f37", "#8250df")
-STYLES = ("-", "--", ":", "-.")
+LINE_STYLES = ("-", "--", ":", "-.")
 
 
 @dataclass
 class Row:
-    """A table row: one upstream. scores, differences: {task: (value, low, high)}, fractions."""
+    """A table row: one upstream. scores, differences: {task: (value, low, high)}, from 0 to 1."""
 
     name: str
     group: str = ""
-    place: int = -1  # line number in rows.tsv, from 0; -1 if absent
+    line_number: int = -1  # in rows.tsv, from 0; -1 if absent
     results: dict = field(default_factory=dict)  # {task: {seed: content of result.json}}
     scores: dict = field(default_factory=dict)
     differences: dict = field(default_factory=dict)
@@ -44,15 +44,15 @@ class Row:
 
 
 def find_row(folder):
-    """(Row, seed) of ROW or ROW/seed-N. The name is that in rows.tsv beside ROW, else the path."""
+    """(Row, seed) of a folder ROW or ROW/seed-N; the name is read from rows.tsv, or is the path."""
     seed = re.fullmatch("seed-([0-9]+)", folder.name)
     folder = folder.parent if seed else folder
     row, table = Row(str(folder)), folder.absolute().parent / "rows.tsv"
     if table.exists():
-        for place, line in enumerate(table.read_text("utf-8").splitlines()):
+        for number, line in enumerate(table.read_text("utf-8").splitlines()):
             row_folder, group, name = line.split("\t")
             if row_folder == folder.absolute().name:
-                row = Row(name, group, place)
+                row = Row(name, group, number)
     return row, int(seed[1]) if seed else 0
 
 
@@ -69,20 +69,22 @@ def read_rows(folders):
             continue
         result = json.loads(path.read_text("utf-8"))
         if result.get("task") not in TASKS or "per_utterance" not in result:
-            raise ValueError(f"{path}: not the result of an evaluation")
+            raise ValueError(f"{path}: not a result of this version; delete it and evaluate again")
         has_task = folder.name in ("pr", "sid", "er", "asr")
         row, seed = find_row(folder.parent if has_task else folder)
         row = rows.setdefault(row.name, row)
         seeds = row.results.setdefault(TASKS[result["task"]], {})
         if seed in seeds:
-            raise ValueError(f"{folder}: a second result of {row.name}; give only one")
+            raise ValueError(f"{folder}: a second result of {row.name}, seed {seed}; give one")
         seeds[seed] = result
     message = f"no result.json in {', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}"
     if not rows:
         raise ValueError(message)
     if missing:
         runs.warn(message)
-    return sorted(rows.values(), key=lambda row: row.place)
+    ordered = sorted(rows.values(), key=lambda row: row.line_number)
+    groups = [row.group for row in ordered]
+    return sorted(ordered, key=lambda row: groups.index(row.group))
 
 
 def tasks_of(rows):
@@ -93,7 +95,7 @@ def tasks_of(rows):
 
 
 def score_rows(rows, against=None):
-    """Sets the scores of every row and, with `against`, a row's name, the differences from it.
+    """Sets row.scores; if `against` is the name of a row, also row.differences from that row.
 
     Raises ValueError if there is no such row, or if rows have different test utterances.
     """
@@ -102,19 +104,20 @@ def score_rows(rows, against=None):
         names = ", ".join(row.name for row in rows)
         raise ValueError(f"--against {against}: no such row; there are {names}")
     for task in tasks_of(rows):
-        drawn, test_sets = {}, set()
+        resampled, test_sets = {}, set()
         rows_of_task = [row for row in rows if task in row.results]
         for row in rows_of_task:
-            results = row.results[task].values()
-            drawn[row.name] = bootstrap([result["per_utterance"] for result in results])
+            results = [result for _, result in sorted(row.results[task].items())]
+            resampled[row.name] = bootstrap([result["per_utterance"] for result in results])
             mean = np.mean([result[result["metric"].lower()] for result in results])
-            row.scores[task] = np.array([mean, *np.percentile(drawn[row.name], [2.5, 97.5])])
+            row.scores[task] = np.array([mean, *np.percentile(resampled[row.name], [2.5, 97.5])])
             test_sets |= {result["test_set"] for result in results}
-        if base and len(test_sets) > 1:
-            raise ValueError(f"{task}: the rows were tested on different utterances")
+        if len(test_sets) > 1:
+            problem = "tested on different utterances or noise; report them separately"
+            raise ValueError(f"{task}: {problem}")
         if base in rows_of_task:
             for row in [row for row in rows_of_task if row is not base]:
-                difference = drawn[row.name] - drawn[against]
+                difference = resampled[row.name] - resampled[against]
                 value = row.scores[task][0] - base.scores[task][0]
                 row.differences[task] = np.array([value, *np.percentile(difference, [2.5, 97.5])])
 
@@ -180,7 +183,7 @@ def new_figure(count, width, height, title):
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
     plt.switch_backend("agg")
     settings = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9}
-    settings |= {"axes.titlesize": 9, "axes.edgecolor": FAINT, "grid.color": FAINT}
+    settings |= {"axes.titlesize": 9, "axes.edgecolor": LIGHT_GREY, "grid.color": LIGHT_GREY}
     plt.rcParams.update(settings | {"axes.spines.top": False, "axes.spines.right": False})
     shape = {"sharey": True, "squeeze": False, "figsize": (width, height)}
     figure, panels = plt.subplots(1, count, layout="constrained", **shape)
@@ -236,12 +239,12 @@ def draw_scores(rows, path):
 
 
 def draw_layers(rows, path):
-    """Per row and task the learned weight of every hidden state; filter banks have only one."""
+    """Per row and task the learned weight of every hidden state; not of rows with one state."""
 
     def weights(row, task):
         results = list(row.results[task].values())
         means = np.mean([result["layer_weights"] for result in results], axis=0)
-        return dict(zip(results[0]["upstream"].get("layers", range(len(means))), means))
+        return dict(zip(results[0]["upstream"]["layers"], means))
 
     def plot(panel, row, task, y):
         for state, weight in weights(row, task).items():
@@ -266,15 +269,17 @@ def draw_curves(folders, path):
     plt, figure, panels = new_figure(len(folders), 1 + 2.4 * len(folders), 3.2, title)
     for folder, panel in zip(map(Path, folders), panels):
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
-        lines = [json.loads(line) for line in lines]
-        row, seed = find_row(folder)
-        names.append(f"{row.name}, seed {seed}")
+        lines = [json.loads(line) for line in lines if line.endswith("}")]
+        if not lines:
+            raise ValueError(f"{folder}/metrics.jsonl: no complete line")
+        seed = folder.name.replace("seed-", ", seed ") if folder.name.startswith("seed-") else ""
+        names.append(find_row(folder)[0].name + seed)
         for head in [key.removeprefix("l1/") for key in lines[0] if key.startswith("l1/")]:
             teacher, _, layer = head.rpartition(".")
             beside, _ = find_row(folder.parent.parent / f"teacher-{teacher}")
             teacher = beside.name.removeprefix("teacher: ") if beside.group else teacher
             colour = colours.setdefault(layer, COLOURS[len(colours) % 4])
-            style = styles.setdefault(teacher, STYLES[len(styles) % 4]) if teacher else "-"
+            style = styles.setdefault(teacher, LINE_STYLES[len(styles) % 4]) if teacher else "-"
             losses = [line[f"l1/{head}"] + line[f"cosine/{head}"] for line in lines]
             panel.plot([line["step"] for line in lines], losses, color=colour, linestyle=style)
         panel.set_title(names[-1])
@@ -291,14 +296,16 @@ def draw_curves(folders, path):
 def main(arguments=None):
     parser = runs.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("folders", nargs="*", metavar="FOLDER", help="such as runs/avg/pr, or ROW/seed-N/TASK")
+    add("folders", nargs="*", metavar="FOLDER", help="of an evaluation: ROW/TASK, ROW/seed-N/TASK")
     add("--against", metavar="ROW", help="also show the paired differences from this row")
-    add("--to", metavar="FILE.md", help="also write the table there")
+    add("--to", metavar="FILE.md", help="write the table to this file too")
     add("--picture", metavar="FILE.svg", help="draw the scores")
     add("--layers", metavar="FILE.svg", help="draw the learned weights of the hidden states")
     add("--curves", nargs="+", metavar=("FILE.svg", "RUN"), help="draw losses of train.py's runs")
     with runs.one_line_errors():
         args = parser.parse_args(arguments)
+        if not args.folders and len(args.curves or []) < 2:
+            raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
         if args.folders:
             rows = read_rows(args.folders)
             score_rows(rows, args.against)

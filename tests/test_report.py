@@ -96,6 +96,15 @@ def test_the_table_has_groups_and_marks_the_best_and_clear_differences(results, 
     assert "PR 30 utterances, 2 seeds; SID 20 utterances, 1 seed" in note
 
 
+def test_rows_of_two_tables_share_their_groups(results, tmp_path):
+    (tmp_path / "more/rows.tsv").parent.mkdir()
+    (tmp_path / "more/rows.tsv").write_text(NAMES.replace("bank\t", "x\t").replace("banks", "y"))
+    pairs = [(["ann"], ["ann"])] * 20
+    results.append(write_result(tmp_path / "more/x/seed-0/sid", pairs, task=1))
+    names = [row.name for row in report.read_rows(results)]
+    assert names == ["filter banks", "filter y", "average of three"]
+
+
 def test_folders_without_a_result_are_named_in_one_line_and_the_others_used(results, capsys):
     on_cpu(report, [*results, "runs/*/er", "runs/x/asr"])
     printed = capsys.readouterr()
@@ -108,13 +117,15 @@ def test_folders_without_a_result_are_named_in_one_line_and_the_others_used(resu
     "flags, words",
     [
         (["--against", "three"], "no such row; there are filter banks, average of three"),
-        (["{0}"], "a second result of average of three"),
-        (["{tmp}/other/seed-0/pr", "--against", "filter banks"], "different utterances"),
+        (["{0}"], "a second result of average of three, seed 0"),
+        (["{tmp}/other/seed-0/pr"], "different utterances"),
         (["--curves", "c.svg", "nowhere"], "nowhere/metrics.jsonl"),
+        (["--curves", "c.svg", "{tmp}"], "no complete line"),
     ],
 )
 def test_bad_input_is_one_line(results, tmp_path, capsys, flags, words):
     write_result(tmp_path / "other/seed-0/pr", [(["a", "b"], ["a"])] * 3)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
     flags = [flag.format(*results, tmp=tmp_path) for flag in flags]
     assert words in refused(capsys, report, [*results, *flags])
 
