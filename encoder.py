@@ -168,8 +168,7 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.convs = nn.ModuleList()
-        self.norms = nn.ModuleList()
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         inputs = 1
         for i, (channels, kernel, stride) in enumerate(config.conv_layers):
             self.convs.append(nn.Conv1d(inputs, channels, kernel, stride, bias=config.conv_bias))
@@ -223,12 +222,11 @@ class PositionalEmbedding(nn.Module):
 
     def forward(self, x, padding=None):
         """padding: (batch, frames, 1), True after the end of each utterance, or None."""
-        frames = x.shape[1]
         for conv in self.convs if self.layer_norm else [self.conv]:
             if padding is not None:  # zeros, as after an utterance alone
                 x = x.masked_fill(padding, 0)
-            x = conv(x.transpose(1, 2)).transpose(1, 2)
-            x = x[:, :frames]  # an even kernel gives one frame more
+            # An even kernel gives one frame more.
+            x = conv(x.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]
             if self.layer_norm:
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.gelu(x)
