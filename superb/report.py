@@ -148,8 +148,8 @@ def table(rows, against=None):
             lines.append([f"*{heading}*"] + [""] * len(tasks))
         lines.append([name, *(cells.get(task, "") for task in tasks)])
 
-    def cell(number, is_bold, sign=""):
-        value, low, high = 100 * number
+    def cell(interval, is_bold, sign=""):
+        value, low, high = (100 * x for x in interval)
         text = f"**{value:{sign}.1f}**" if is_bold else f"{value:{sign}.1f}"
         return f"{text} ({low:.1f} to {high:.1f})"
 
@@ -157,8 +157,10 @@ def table(rows, against=None):
         cells = {task: cell(score, score[0] == best[task]) for task, score in row.scores.items()}
         add(row.group, row.name, cells)
     for row in rows:
-        # low and high of one sign: the interval excludes 0
-        cells = {task: cell(n, n[1] * n[2] > 0, "+") for task, n in row.differences.items()}
+        cells = {}
+        for task, (value, low, high) in row.differences.items():
+            is_clear = low * high > 0 and len(row.results[task]) > 1  # one seed decides nothing
+            cells[task] = cell((value, low, high), is_clear, "+")
         if cells:
             add(f"difference from {against}", row.name, cells)
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -169,7 +171,8 @@ def table(rows, against=None):
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
     over = "utterances and seeds" if "seeds" in samples else "utterances"
     text += f"\nPercent; 95% intervals are over {over}. Test sets: {samples}. "
-    return text + "Bold: the best of a task; differences whose interval excludes 0.\n"
+    bold = "the best of a task; differences over several seeds whose interval excludes 0"
+    return f"{text}Bold: {bold}.\n"
 
 
 # ------------------------------------------------------------------ pictures

@@ -94,6 +94,8 @@ def test_the_table_has_groups_and_marks_the_best_and_clear_differences(results, 
     assert lines[5][2].startswith("**85.0** (") and lines[3][2].startswith("75.0 (")
     assert lines[7][1] == "**+10.0** (10.0 to 10.0)" and lines[7][2].startswith("+10.0 (0.0")
     assert "PR 30 utterances, 2 seeds; SID 20 utterances, 1 seed" in note
+    on_cpu(report, [results[0], results[3], "--against", "filter banks"])  # one seed
+    assert "| +10.0 (10.0 to 10.0)" in capsys.readouterr().out
 
 
 def test_rows_of_two_tables_share_their_groups(results, tmp_path):
