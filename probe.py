@@ -114,25 +114,25 @@ def evaluate(args, task, upstream, train, dev, test):
             identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
         batches = data.TrainBatches(train.corpus, args.batch_size, args.seed)
         runs.lock(args.out)
-        finished = os.path.join(args.out, "result.json")
-        if os.path.exists(finished):
-            with open(finished, encoding="utf-8") as file:
+        result_path = os.path.join(args.out, "result.json")
+        if os.path.exists(result_path):
+            with open(result_path, encoding="utf-8") as file:
                 result = json.load(file)
             runs.check_same(args.out, result.get("identity", {}), identity)
             print_result(args, result)
             return result
-        run = {"identity": identity, "step": 0, "seconds": 0.0, "probes": [], "optimizers": []}
-        run |= {"best": None, "curves": {f"{lr:g}": [] for lr in args.lr}}
-        run = runs.load_latest(args.out, run.keys()) or run
-        runs.check_same(args.out, run["identity"], identity)
+        saved = {"identity": identity, "step": 0, "seconds": 0.0, "probes": [], "optimizers": []}
+        saved |= {"best": None, "curves": {f"{lr:g}": [] for lr in args.lr}}
+        saved = runs.load_latest(args.out, saved.keys()) or saved
+        runs.check_same(args.out, saved["identity"], identity)
         for lr in args.lr:
             torch.manual_seed(args.seed)  # the same initial weights at every rate
             probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
             probes.append(probe)
             optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
-        for module, state in zip(probes + optimizers, run["probes"] + run["optimizers"]):
+        for module, state in zip(probes + optimizers, saved["probes"] + saved["optimizers"]):
             module.load_state_dict(state)
-        started = time.monotonic() - run["seconds"]
+        started = time.monotonic() - saved["seconds"]
         stop = runs.StopSignal()
         for split in splits:
             print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
@@ -141,12 +141,12 @@ def evaluate(args, task, upstream, train, dev, test):
         states_of = compute_states(args, upstream, splits, stop)
 
     # ------------------------------ training
-    print(f"{args.out}: from step {run['step']} of {args.steps}", flush=True)
+    print(f"{args.out}: from step {saved['step']} of {args.steps}", flush=True)
     epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
-    plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[run["step"] : args.steps]
+    plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[saved["step"] : args.steps]
     loader = load_states(upstream, states_of[train], plan, args.workers, stop)
     losses, printed = [], time.monotonic()
-    for step, (indices, batch) in enumerate(zip(plan, loader), start=run["step"] + 1):
+    for step, (indices, batch) in enumerate(zip(plan, loader), start=saved["step"] + 1):
         states, frames = batch
         labels = [train.labels[i] for i in indices]
         runs.seed(args.seed, step - 1)  # depends on these only: no RNG state to resume
@@ -176,27 +176,27 @@ def evaluate(args, task, upstream, train, dev, test):
             losses, printed = [], time.monotonic()
         score_now = last or step % args.eval_every == 0
         if score_now:
-            references, found = predict(args, task, upstream, probes, states_of[dev], stop)
-            for lr, probe, hypotheses in zip(args.lr, probes, found):
+            references, texts = predict(args, task, upstream, probes, states_of[dev], stop)
+            for lr, probe, hypotheses in zip(args.lr, probes, texts):
                 errors, totals = task.count(references, hypotheses)
                 value = float(errors.sum() / totals.sum())
-                run["curves"][f"{lr:g}"].append([step, value])
+                saved["curves"][f"{lr:g}"].append([step, value])
                 print(f"step {step}: {task.metric} {value:.2%} on {dev.name}, --lr {lr:g}")
                 sign = 1 if task.higher_is_better else -1
-                if not run["best"] or sign * value > sign * run["best"]["score"]:
+                if not saved["best"] or sign * value > sign * saved["best"]["score"]:
                     weights = {name: w.cpu().clone() for name, w in probe.state_dict().items()}
-                    run["best"] = {"score": value, "step": step, "lr": lr, "probe": weights}
+                    saved["best"] = {"score": value, "step": step, "lr": lr, "probe": weights}
         if score_now or stopping:
-            run |= {"step": step, "seconds": time.monotonic() - started}
-            run["probes"] = [probe.state_dict() for probe in probes]
-            run["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            runs.save(os.path.join(args.out, "last.pt"), run, keep_previous=True)
+            saved |= {"step": step, "seconds": time.monotonic() - started}
+            saved["probes"] = [probe.state_dict() for probe in probes]
+            saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
+            runs.save(os.path.join(args.out, "last.pt"), saved, keep_previous=True)
         if stopping:
             print(f"{args.out}: stopped after step {step}; the same command resumes")
             raise SystemExit(128 + stop.number)
 
     # ------------------------------ result
-    best = run["best"]
+    best = saved["best"]
     probe = probes[0]  # for the weights of the best
     probe.load_state_dict(best["probe"])
     references, [hypotheses] = predict(args, task, upstream, [probe], states_of[test], stop)
@@ -207,7 +207,7 @@ def evaluate(args, task, upstream, train, dev, test):
     result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
     result["interval"] = np.percentile(bootstrap([result["per_utterance"]]), [2.5, 97.5]).tolist()
     result["test_set"] = key(test.ids, references, test.noise_key)
-    result |= {"best_step": best["step"], "lr": best["lr"], "curves": run["curves"]}
+    result |= {"best_step": best["step"], "lr": best["lr"], "curves": saved["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
     result["noise"] = {"folder": args.noise, "snr": args.snr} if args.noise else None
@@ -220,8 +220,6 @@ def evaluate(args, task, upstream, train, dev, test):
         lines = [" ".join([id, *text]) + "\n" for id, text in zip(test.ids, texts)]
         runs.write_text(os.path.join(args.out, f"test.{name}"), "".join(lines))
     write_result(args, result)
-    if stop.number:  # before the next fold
-        raise SystemExit(128 + stop.number)
     return result
 
 
