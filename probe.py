@@ -36,6 +36,7 @@ def make_parser(description, task, **defaults):
     add("--steps", type=runs.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=runs.count, default=32, help="utterances per step")
     add("--lr", type=runs.numbers, default="1e-4", help="Adam's learning rates, one probe per rate")
+    add("--lr-decay", action="store_true", help="decay each rate linearly to 0 over the steps")
     add("--states", type=state_numbers, default="all", help="hidden states: all, last or 0,4,12")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")
     add("--noise", metavar="DIR", help="folder of noise files, mixed into the test split")
@@ -152,7 +153,9 @@ def evaluate(args, task, upstream, train, dev, test):
         runs.seed(args.seed, step - 1)  # depends on these only: no RNG state to resume
         states = task.pool(states, frames, training=True)
         norms = []
-        for probe, optimizer in zip(probes, optimizers):
+        for lr, probe, optimizer in zip(args.lr, probes, optimizers):
+            if args.lr_decay:
+                optimizer.param_groups[0]["lr"] = lr * (args.steps + 1 - step) / args.steps
             runs.seed(args.seed, step - 1, 1)  # the same dropout at every rate
             loss = task.loss(probe.train()(states, frames), frames, labels)
             loss.backward()
