@@ -176,9 +176,11 @@ def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
 @pytest.fixture(scope="module")
 def whole(upstreams, corpus, tmp_path_factory):
     """An uninterrupted run of three rates: (its folder, its settings)."""
-    settings = {"upstream": upstreams / "student.pt", "lr": "1e-3,1e-2,2e-2"}
+    settings = {"upstream": upstreams / "student.pt", "lr": "1e-3,1e-2,2e-2", "lr_decay": True}
     out = tmp_path_factory.mktemp("whole") / "pr"
     score(corpus, out, **settings)
+    rates = [optimizer["param_groups"][0]["lr"] for optimizer in checkpoint(out)["optimizers"]]
+    assert rates == approx([1e-3 / 12, 1e-2 / 12, 2e-2 / 12])  # decayed over 12 steps
     return out, settings
 
 
