@@ -194,6 +194,8 @@ def main(arguments=None):
         noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
         batching = (args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
         batches = data.TrainBatches(corpus, *batching)
+        if RANK == 0:
+            write_config(args, heads)
     stop = runs.StopSignal()
 
     # ------------------------------------------------------------------ targets
@@ -229,7 +231,6 @@ def main(arguments=None):
     if args.compile:
         compile_networks([*teachers, student])
     if RANK == 0:
-        write_config(args, heads)
         log = Log(args, student.head_names, start)
         millions = sum(p.numel() for p in student.parameters()) / 1e6
         print(f"audio: {corpus}")
