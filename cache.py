@@ -41,6 +41,17 @@ class Cache:
     def path(self, i):
         return os.path.join(self.folder, file_name(self.corpus, i))
 
+    def crop(self, i, start, samples):
+        """The quantized targets of the crop of utterance i from sample `start` on.
+
+        Convolutions without padding keep frames and samples aligned: the crop that starts at
+        sample 320 n has the frames from n on. The targets are computed from the whole utterance.
+        """
+        targets = runs.load(self.path(i))
+        frames = (samples - data.MIN_SAMPLES) // data.FRAME_SAMPLES + 1
+        values = targets["values"][start // data.FRAME_SAMPLES :][:frames]
+        return {"values": values, "scale": targets["scale"]}
+
     def is_missing(self, i):
         try:
             return not os.path.exists(self.path(i))
@@ -69,15 +80,11 @@ class Cache:
         for number, i in enumerate(missing, start=1):
             if stop.number:
                 break
-            try:
-                tensors = compute(i)
-                if tensors is not None:
-                    path = self.path(i)
-                    os.makedirs(os.path.dirname(path), exist_ok=True)
-                    runs.save(path, tensors)
-            except (OSError, ValueError) as error:
-                runs.print_error(error)  # at once: the other ranks may compute for hours
-                raise SystemExit(2) from None
+            tensors = compute(i)
+            if tensors is not None:
+                path = self.path(i)
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                runs.save(path, tensors)
             if RANK == 0 and time.monotonic() - printed > 20:
                 printed = time.monotonic()
                 left = (printed - started) / number * (len(missing) - number) / 60
@@ -99,25 +106,3 @@ def quantize(x):
 def dequantize(values, scale):
     """(..., frames, dim) float32 of int8 values and their (..., dim) scales."""
     return values * scale[..., None, :]
-
-
-class CachedTargets(data.TrainBatches):
-    """TrainBatches with targets from a Cache, quantized: "values" and "scale", for dequantize.
-
-    Convolutions without padding keep frames and samples aligned: the crop that starts at sample
-    320 n has the frames from n on. The targets are computed from the whole utterance.
-    """
-
-    crop_start_multiple = 320  # samples per frame
-
-    def __init__(self, cache, *args):
-        """args: the arguments of TrainBatches after the corpus."""
-        super().__init__(cache.corpus, *args)
-        self.cache = cache
-
-    def example(self, epoch, i, position, samples):
-        first = self.crop_start(i, position, samples) // self.crop_start_multiple
-        frames = (samples - data.MIN_SAMPLES) // self.crop_start_multiple + 1
-        targets = runs.load(self.cache.path(i))
-        targets["values"] = targets["values"][first:][:frames]
-        return super().example(epoch, i, position, samples) | targets

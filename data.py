@@ -18,6 +18,7 @@ import torch
 import torchaudio
 
 SAMPLE_RATE = 16000
+FRAME_SAMPLES = 320  # from one frame to the next
 MIN_SAMPLES = 400  # the receptive field of one frame
 CROP_MULTIPLE = 3200  # samples of a crop are a multiple of it, which limits the shapes
 BATCH_TIMEOUT = 600  # seconds
@@ -97,9 +98,10 @@ class TrainBatches(torch.utils.data.Dataset):
     workers, and any step can be computed without the steps before it.
 
     batch_size: utterances per step, over all ranks. noise: a Noise, for "noisy" waveforms too.
+    cache: a cache.Cache of targets, for their "values" and "scale" too.
     """
 
-    crop_start_multiple = 1
+    cache = None
 
     def __init__(self, corpus, batch_size, seed=0, rank=0, world_size=1, noise=None):
         if batch_size > len(corpus):
@@ -129,7 +131,7 @@ class TrainBatches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         """This rank's share of the batch of a step, from 0.
 
-        "waveforms": (share, samples), and what else example() returns; "paths": [str];
+        "waveforms": (share, samples), and what else crop() returns; "paths": [str];
         "skipped": {path: reason} of unreadable utterances, each replaced by the next readable
         one of the batch. Raises ValueError if there is none.
         """
@@ -142,7 +144,7 @@ class TrainBatches(torch.utils.data.Dataset):
             # The utterance at this place; if it is unreadable, the next one of the batch.
             for i in np.roll(utterances[row], -place).tolist():
                 try:
-                    examples.append(self.example(epoch, i, positions[i], int(crops[row])))
+                    examples.append(self.crop(epoch, i, positions[i], int(crops[row])))
                     paths.append(self.corpus.paths[i])
                     break
                 except UNREADABLE as error:
@@ -153,16 +155,16 @@ class TrainBatches(torch.utils.data.Dataset):
         batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
         return batch | {"paths": paths, "skipped": skipped}
 
-    def example(self, epoch, i, position, samples):
-        """Tensors by name for one crop of utterance i; subclasses add others."""
-        waveform = self.corpus.read(i, self.crop_start(i, position, samples), samples)
-        if self.noise is None:
-            return {"waveforms": waveform}
-        return {"waveforms": waveform, "noisy": self.noise.mix(waveform, self.seed, epoch, i)}
-
-    def crop_start(self, i, position, samples):
+    def crop(self, epoch, i, position, samples):
+        """Tensors by name for one crop of utterance i; it starts where a frame starts."""
         start = int(position * (self.corpus.samples[i] - samples + 1))
-        return start // self.crop_start_multiple * self.crop_start_multiple
+        start = start // FRAME_SAMPLES * FRAME_SAMPLES
+        crop = {"waveforms": self.corpus.read(i, start, samples)}
+        if self.noise:
+            crop["noisy"] = self.noise.mix(crop["waveforms"], self.seed, epoch, i)
+        if self.cache:
+            crop |= self.cache.crop(i, start, samples)
+        return crop
 
 
 class Noise:
@@ -256,18 +258,6 @@ def resampled_length(samples, rate):
     return -(-samples * SAMPLE_RATE // rate)
 
 
-def read_length(path):
-    """(samples, rate in Hz) of an audio file, from its header.
-
-    Raises one of UNREADABLE, also for headers without a length: ffmpeg and others write 0 or
-    2^63 - 1 if they write to a pipe.
-    """
-    info = soundfile.info(os.fsencode(path))  # bytes, since a path may not be UTF-8
-    if not 0 < info.frames < 10_000 * os.path.getsize(path):
-        raise ValueError(f"a length of {info.frames} samples in its header; encode it again")
-    return info.frames, info.samplerate
-
-
 def read_audio(path, start=0, samples=None, file_samples=None):
     """(samples,) float32, channels averaged, from sample `start` on; at 16 kHz.
 
@@ -340,7 +330,7 @@ def scan(folder, splits):
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
             place = os.path.join(folder, split)
-            raise FileNotFoundError(f"{place}: no such folder (--data, --splits); see README")
+            raise FileNotFoundError(f"{place}: no such folder (--data, --splits, --noise)")
         for path in files_under(root, split):
             ending = os.path.splitext(path)[1].lower()
             if ending in EXTENSIONS:
@@ -375,13 +365,18 @@ def files_under(root, folder):
 
 
 def read_lengths(root, paths):
-    """({path: samples} of the readable files, {path: reason} of the others)."""
+    """({path: samples} of the readable files, {path: reason} of the others), from headers."""
 
     def length(path):
+        file = os.fsencode(os.path.join(root, path))  # bytes, since a path may not be UTF-8
         try:
             if re.search(r"[\t\r\n]", path):
                 return "a tab or line break in its name"
-            return resampled_length(*read_length(os.path.join(root, path)))
+            info = soundfile.info(file)
+            # ffmpeg and others write a length of 0 or 2^63 - 1 to a pipe.
+            if not 0 < info.frames < 10_000 * os.path.getsize(file):
+                raise ValueError(f"{info.frames} samples in its header; encode it again")
+            return resampled_length(info.frames, info.samplerate)
         except UNREADABLE as error:
             return f"cannot be read: {error}"
 
@@ -419,19 +414,16 @@ def read_manifest(path, moved_root=None):
     if moved_root and os.path.isdir(moved_root):
         root = os.path.realpath(moved_root)
     corpus = Corpus(root, *zip(*rows), pieces=pieces)
-    # fairseq's wav2vec_manifest.py counts at the rate of the file: up to 100 files are checked.
-    checked = np.unique(np.linspace(0, len(corpus) - 1, 100).astype(int))
-    if not any(os.path.exists(os.path.join(root, corpus.paths[i])) for i in checked):
-        raise ValueError(f"{path}: {corpus.paths[0]} and others are not in {root} (--data)")
-    for i in checked:
-        try:
-            samples, rate = read_length(os.path.join(root, corpus.paths[i]))
-        except UNREADABLE:
-            continue  # will be skipped with a warning
-        whole = corpus.paths[i] not in pieces
-        if rate != SAMPLE_RATE and whole and samples == corpus.samples[i]:
-            cause = f"{corpus.paths[i]} is counted at {rate} Hz, not 16 kHz"
-            raise ValueError(f"{path}: {cause}; give --data the folder")
+    # Up to 100 files are checked: fairseq's wav2vec_manifest.py counts at the rate of the file.
+    checked = range(0, len(corpus), len(corpus) // 100 + 1)
+    found, _ = read_lengths(root, [corpus.paths[i] for i in checked])
+    if not found:
+        raise ValueError(f"{path}: {corpus.paths[0]} and others cannot be read in {root} (--data)")
+    whole = [i for i in checked if corpus.paths[i] in found and corpus.paths[i] not in pieces]
+    if whole and all(found[corpus.paths[i]] != corpus.samples[i] for i in whole):
+        first = corpus.paths[whole[0]]
+        cause = f"{first} has {found[first]} samples at 16 kHz, not {corpus.samples[whole[0]]}"
+        raise ValueError(f"{path}: {cause}; give --data the folder")
     return corpus
 
 

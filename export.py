@@ -131,9 +131,9 @@ def write_transformers(student, folder, about=None):
         weights["feature_projection.projection.bias"] = torch.zeros(c.dim)
     name = os.path.basename(os.path.abspath(folder))
     os.makedirs(folder, exist_ok=True)
-    runs.write_text(f"{folder}/config.json", json.dumps(config, indent=2))
-    runs.write_text(f"{folder}/preprocessor_config.json", json.dumps(preprocessor, indent=2))
-    runs.write_text(f"{folder}/README.md", model_card(student, name, about or {}))
+    runs.save(f"{folder}/config.json", json.dumps(config, indent=2))
+    runs.save(f"{folder}/preprocessor_config.json", json.dumps(preprocessor, indent=2))
+    runs.save(f"{folder}/README.md", model_card(student, name, about or {}))
     runs.save(f"{folder}/pytorch_model.bin", weights)
 
 
@@ -181,10 +181,7 @@ def main(arguments=None):
         if os.path.isdir(path):
             path = os.path.join(path, "student.pt")
         about = runs.load(path) | {"language": args.language, "license": args.license}
-        config = os.path.join(os.path.dirname(path), "config.json")
-        if os.path.isfile(config):
-            with open(config, encoding="utf-8") as file:
-                about |= json.load(file)
+        about |= runs.read_json(os.path.join(os.path.dirname(path), "config.json"))
         write_transformers(student, args.to, about)
     print(f"{args.to}: a HuBERT for transformers; {args.to}/README.md is its model card")
 

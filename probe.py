@@ -115,10 +115,8 @@ def evaluate(args, task, upstream, train, dev, test):
             identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
         batches = data.TrainBatches(train.corpus, args.batch_size, args.seed)
         runs.lock(args.out)
-        result_path = os.path.join(args.out, "result.json")
-        if os.path.exists(result_path):
-            with open(result_path, encoding="utf-8") as file:
-                result = json.load(file)
+        result = runs.read_json(os.path.join(args.out, "result.json"))
+        if result:
             runs.check_same(args.out, result.get("identity", {}), identity)
             print_result(args, result)
             return result
@@ -167,7 +165,7 @@ def evaluate(args, task, upstream, train, dev, test):
         if not any(map(math.isfinite, norms)):
             ids = ", ".join(train.ids[i] for i in indices[:3])
             problem = "the gradient is not finite at any rate; lower --lr, or check the batch"
-            raise SystemExit(f"step {step}: {problem}: {ids}, ...")
+            raise RuntimeError(f"step {step}: {problem}: {ids}, ...")
 
         stopping = stop.number > 0
         last = step == args.steps
@@ -221,7 +219,7 @@ def evaluate(args, task, upstream, train, dev, test):
         runs.warn(f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it")
     for name, texts in (("ref", references), ("hyp", hypotheses)):
         lines = [" ".join([id, *text]) + "\n" for id, text in zip(test.ids, texts)]
-        runs.write_text(os.path.join(args.out, f"test.{name}"), "".join(lines))
+        runs.save(os.path.join(args.out, f"test.{name}"), "".join(lines))
     write_result(args, result)
     return result
 
@@ -273,7 +271,7 @@ def write_result(args, result):
     """Writes OUT/result.json, one line per entry, and prints it."""
     entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
     path = os.path.join(args.out, "result.json")
-    runs.write_text(path, "{\n" + ",\n".join(entries) + "\n}\n")
+    runs.save(path, "{\n" + ",\n".join(entries) + "\n}\n")
     print_result(args, result)
 
 

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import json
 import multiprocessing
 import os
 import signal
@@ -45,9 +46,6 @@ def run(program):
         program()
     except SystemExit as end:
         code = end.code or 0
-        if isinstance(code, str):
-            print(code, file=sys.stderr)
-            code = 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception:
@@ -65,7 +63,7 @@ def run(program):
 
 def init():
     """Joins torchrun's other ranks, if there are any."""
-    if WORLD_SIZE == 1 or dist.is_initialized():
+    if WORLD_SIZE == 1:
         return
     env, store = os.environ, None
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
@@ -204,12 +202,6 @@ def numbers(text):
     return [float(number) for number in text.split(",")]
 
 
-def print_error(message):
-    """Prints a message to stderr, in one line that begins with the name of the program."""
-    text = " ".join(str(message).split())
-    print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def one_line_errors():
     """Around set-up: an OSError or ValueError on any rank ends all ranks, with one line and code 2.
@@ -224,7 +216,8 @@ def one_line_errors():
     messages = [text for text in gather(message) if text]
     if messages:
         if RANK == 0:
-            print_error(messages[0])
+            text = " ".join(messages[0].split())
+            print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
         gather(None)  # torchrun ends all ranks as soon as one exits
         sys.exit(2)
 
@@ -232,9 +225,8 @@ def one_line_errors():
 # ------------------------------------------------------------------ files
 
 
-@contextlib.contextmanager
-def atomic(path, keep_previous=False):
-    """Opens a file for writing bytes that gets the name `path` only once it is complete.
+def save(path, content, keep_previous=False):
+    """Writes a text, or what torch.save takes; the file gets its name only once it is complete.
 
     keep_previous: for checkpoints, which survive a power cut too: the file that had the name
         before becomes PATH.old. Raises OSError.
@@ -242,7 +234,10 @@ def atomic(path, keep_previous=False):
     partial = f"{path}.{os.getpid()}.partial"
     try:
         with open(partial, "wb") as file:
-            yield file
+            if isinstance(content, str):
+                file.write(content.encode("utf-8", "surrogateescape"))
+            else:
+                torch.save(content, file)
             if keep_previous:
                 file.flush()
                 os.fsync(file.fileno())
@@ -257,16 +252,15 @@ def atomic(path, keep_previous=False):
             os.remove(partial)
 
 
-def save(path, content, keep_previous=False):
-    """torch.save, atomically."""
-    with atomic(path, keep_previous) as file:
-        torch.save(content, file)
-
-
-def write_text(path, text):
-    """Writes a text file in UTF-8, atomically."""
-    with atomic(path) as file:
-        file.write(text.encode("utf-8", "surrogateescape"))
+def read_json(path):
+    """The dict in a JSON file, {} if there is no such file. Raises OSError and ValueError."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return dict(json.load(file))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def load(path, mmap=False):

@@ -332,7 +332,7 @@ def read_checkpoint(path):
     else:  # transformers with files of settings, torchaudio without
         weights, settings = content, {}
         for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
-            found = read_json(os.path.join(os.path.dirname(path), name))
+            found = runs.read_json(os.path.join(os.path.dirname(path), name))
             settings |= found.get("feature_extractor", found)  # nested since transformers 5
         if settings.get("model_type") == "data2vec-audio":
             settings["do_stable_layer_norm"] = False
@@ -342,16 +342,6 @@ def read_checkpoint(path):
         for group, times in re.findall(r"\[(.*?)\](?:\s*\*\s*(\d+))?", text):
             strides += [int(x) for x in re.findall(r"(\d+)\s*\)", group)] * int(times or 1)
     return weights, settings
-
-
-def read_json(path):
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return plain(json.load(file))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
 
 
 def read_file(path):

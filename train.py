@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import aggregate
 import data
-from cache import Cache, CachedTargets, dequantize, key, quantize
+from cache import Cache, dequantize, key, quantize
 from losses import distillation_loss
 from student import Student, initialise, save_student, student_config
 from teachers import check_frames, digest, layers_per_teacher, load_teacher, short_names
@@ -122,20 +122,6 @@ def compute_targets(teachers, layers_of, agg, waveforms):
     return torch.cat([target.float() for target in targets], dim=-1)
 
 
-def adamw(student, weight_decay):
-    """The optimizer; its learning rate is set at every step."""
-    betas = (0.9, 0.98)
-    return torch.optim.AdamW(student.parameters(), 0, betas, 1e-6, weight_decay, fused=True)
-
-
-def compile_networks(networks):
-    """torch.compile, one graph per network for all lengths."""
-    torch._dynamo.config.cache_size_limit = 8 * len(networks)  # networks share code
-    torch._dynamo.config.specialize_int = True  # layer numbers are constants
-    for network in networks:
-        network.compile(dynamic=True)
-
-
 def main(arguments=None):
     runs.init()
 
@@ -164,11 +150,12 @@ def main(arguments=None):
             corpus = data.find_corpus(args.data, args.splits, args.max_seconds)
             data.warn_skipped(corpus.skipped)
             data.write_manifest(manifest, corpus)
-    if len(set(runs.gather(start))) > 1:  # a barrier too: the manifest is complete
-        raise SystemExit(f"{args.out}: processes found different checkpoints; use a shared folder")
+    starts = runs.gather(start)  # a barrier too: the manifest is complete
 
     # ------------------------------------------------------------------ teachers and student
     with runs.one_line_errors():
+        if len(set(starts)) > 1:
+            raise ValueError(f"{args.out}: different checkpoints per process; use a shared folder")
         corpus = data.read_manifest(manifest, args.data)
         names = short_names(args.teachers)
         teachers = [load_teacher(path, device) for path in args.teachers]
@@ -192,8 +179,7 @@ def main(arguments=None):
         batch_bytes = sample_bytes * int(corpus.samples.max()) * share
         data.check_shared_memory(batch_bytes * runs.LOCAL_WORLD_SIZE, args.workers)
         noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
-        batching = (args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
-        batches = data.TrainBatches(corpus, *batching)
+        batches = data.TrainBatches(corpus, args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
         if RANK == 0:
             write_config(args, heads)
     stop = runs.StopSignal()
@@ -216,20 +202,24 @@ def main(arguments=None):
         cache = Cache(os.path.join(args.cache, f"targets-{args.agg}-{name}"), corpus)
         sizes = [sum(dims) * (student.encoder.frames(n) + 4) for n in corpus.samples.tolist()]
         cache.fill(compute_cached, sizes, "targets", stop)
-        batches = CachedTargets(cache, *batching)
+        batches.cache = cache
         teachers = []  # frees their memory
 
     # ------------------------------------------------------------------ optimizer and DDP
     student.to(device).train()
-    optimizer = adamw(student, args.weight_decay)
+    adamw = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(student.parameters(), 0, **adamw)  # lr is set at every step
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
     model = student
     if WORLD_SIZE > 1:
         devices = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
-    if args.compile:
-        compile_networks([*teachers, student])
+    if args.compile:  # one graph per network for all lengths
+        torch._dynamo.config.cache_size_limit = 8 * (len(teachers) + 1)  # networks share code
+        torch._dynamo.config.specialize_int = True  # layer numbers are constants
+        for network in [*teachers, student]:
+            network.compile(dynamic=True)
     if RANK == 0:
         log = Log(args, student.head_names, start)
         millions = sum(p.numel() for p in student.parameters()) / 1e6
@@ -269,8 +259,7 @@ def main(arguments=None):
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip)
         if not norm.isfinite():
             files = ", ".join(sum(runs.gather(batch["paths"]), []))
-            message = f"step {step}: gradient not finite, student not updated; batch: {files}"
-            raise SystemExit(message if RANK == 0 else 1)
+            raise RuntimeError(f"step {step}: gradient not finite, student not updated: {files}")
         optimizer.step()
         optimizer.zero_grad()
 
@@ -312,7 +301,7 @@ class Log:
             with open(self.path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("}\n")]
             lines = [line for line in lines if json.loads(line)["step"] <= start]
-            runs.write_text(self.path, "".join(lines))
+            runs.save(self.path, "".join(lines))
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -360,7 +349,7 @@ def write_config(args, heads):
         commit = ""
     config = {"settings": vars(args), "heads": [name for name, _ in heads], "processes": WORLD_SIZE}
     config |= {"torch": torch.__version__, "commit": commit or "not recorded"}
-    runs.write_text(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
+    runs.save(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
 
 
 if __name__ == "__main__":

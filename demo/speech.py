@@ -8,7 +8,6 @@ import runs
 import argparse
 import collections
 import glob
-import json
 import os
 import shutil
 import subprocess
@@ -47,16 +46,16 @@ ROWS = {  # of the comparison: folder, group and name, as in rows.tsv
 # ------------------------------------------------------------------ what --demo needs
 
 
-def prepare(folder=DATA):
+def prepare():
     """Writes the corpus and the tables of the tasks, unless they are there."""
-    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if os.path.isdir(folder):
+    os.makedirs(os.path.dirname(DATA), exist_ok=True)
+    with FileLock(f"{DATA}.lock"):
+        if os.path.isdir(DATA):
             return
-        shutil.rmtree(f"{folder}.partial", ignore_errors=True)
-        write_corpus(f"{folder}.partial")
-        write_tables(f"{folder}.partial")
-        os.rename(f"{folder}.partial", folder)
+        shutil.rmtree(f"{DATA}.partial", ignore_errors=True)
+        write_corpus(f"{DATA}.partial")
+        write_tables(f"{DATA}.partial")
+        os.rename(f"{DATA}.partial", DATA)
 
 
 def train(folder, *flags):
@@ -75,19 +74,19 @@ def is_finished(folder):
     """Whether FOLDER/student.pt has been trained for all steps of its run."""
     if not os.path.exists(f"{folder}/student.pt"):
         return False
-    with open(f"{folder}/config.json", encoding="utf-8") as file:
-        settings = json.load(file)["settings"]
+    settings = runs.read_json(f"{folder}/config.json")["settings"]
     return runs.load(f"{folder}/student.pt")["step"] == settings["steps"]
 
 
 def compare(evaluate, args):
     """Prints the scores of four upstreams by a task's evaluate(args); superb.report reads them."""
+    folder = args.out or RUN
+    lines = ["\t".join([row, *names]) + "\n" for row, names in ROWS.items()]
+    with runs.one_line_errors():
+        os.makedirs(folder, exist_ok=True)
+        runs.save(f"{folder}/rows.tsv", "".join(lines))
     before = train(f"{RUN}/before-distillation", "--steps", "0")
     upstreams = [TEACHERS[0], train(RUN), before, "fbank"]
-    folder = args.out or RUN
-    os.makedirs(folder, exist_ok=True)
-    lines = ["\t".join([row, *names]) + "\n" for row, names in ROWS.items()]
-    runs.write_text(f"{folder}/rows.tsv", "".join(lines))
     table = []
     for row, upstream in zip(ROWS, upstreams):
         name = ROWS[row][1]
@@ -121,8 +120,8 @@ def write_tables(folder):
             waveform = express(read_audio(f"{folder}/{path}").numpy(), label)
             soundfile.write(f"{folder}/emotion/{name}", waveform, SAMPLE_RATE)
             emotions.append(f"{name},{label},{place % 5}\n")
-    runs.write_text(f"{folder}/speakers.csv", "".join(speakers))
-    runs.write_text(f"{folder}/emotion/emotions.csv", "".join(emotions))
+    runs.save(f"{folder}/speakers.csv", "".join(speakers))
+    runs.save(f"{folder}/emotion/emotions.csv", "".join(emotions))
 
 
 def express(audio, emotion):
@@ -193,9 +192,9 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
                 audio = (audio * 32767).astype(np.int16)
                 soundfile.write(f"{place}/{name}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
                 lines.append(f"{name} {' '.join(words)}\n")
-            runs.write_text(f"{place}/{speaker}-1.trans.txt", "".join(lines))
+            runs.save(f"{place}/{speaker}-1.trans.txt", "".join(lines))
     lines = [f"{word}\t{phonemes}\n" for word, phonemes in sorted(WORDS.items())]
-    runs.write_text(f"{folder}/lexicon.txt", "".join(lines))
+    runs.save(f"{folder}/lexicon.txt", "".join(lines))
 
 
 def sample_words(rng, fewest, end):

@@ -14,7 +14,7 @@ from torch import nn
 from torchaudio.functional import mask_along_axis_iid
 
 import probe
-from evaluate_pr import SPLITS, ctc_greedy, ctc_loss, edit_distances, evaluate_task
+from evaluate_pr import SPLITS, PhonemeRecognition, evaluate_task
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
 
@@ -98,25 +98,18 @@ class CharacterHead(nn.Module):
         return self.characters(x).log_softmax(-1)
 
 
-class SpeechRecognition:
-    """The task, as evaluate_pr.PhonemeRecognition; labels are numbers of characters, from 1."""
+class SpeechRecognition(PhonemeRecognition):
+    """The task: CTC as for phonemes; labels are numbers of characters, from 1."""
 
     name = "speech recognition"
     metric = "WER"
-    higher_is_better = False
     symbols = CHARACTERS
-    loss = staticmethod(ctc_loss)
-    predict = staticmethod(ctc_greedy)
-    count = staticmethod(edit_distances)
 
     def __init__(self, hidden):
         self.hidden = hidden
 
     def head(self, dim):
         return CharacterHead(dim, self.hidden)
-
-    def pool(self, states, frames, training):
-        return states
 
     def decode(self, numbers):
         return "".join(CHARACTERS[number - 1] for number in numbers).split()

@@ -103,7 +103,7 @@ def evaluate(args):
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
     result["seconds"] = sum(fold["seconds"] for fold in results)
     result["counts"] = {"test": {"utterances": sum(len(errors) for errors, _ in counts)}}
-    result["settings"] = vars(args)
+    result["settings"] = vars(args) | {"precision": upstream.precision}
     print(f"\nmean over {len(folds)} folds, deviation {result['deviation']:.2%}")
     probe.write_result(args, result)
     return result

@@ -67,7 +67,7 @@ def read_rows(folders):
         if not path.exists():
             missing.append(str(folder))
             continue
-        result = json.loads(path.read_text("utf-8"))
+        result = runs.read_json(path)
         if result.get("task") not in TASKS or "per_utterance" not in result:
             raise ValueError(f"{path}: not a result of this version; delete it and evaluate again")
         has_task = folder.name in ("pr", "sid", "er", "asr")
@@ -156,10 +156,12 @@ def table(rows, against=None):
     for row in rows:
         cells = {task: cell(score, score[0] == best[task]) for task, score in row.scores.items()}
         add(row.group, row.name, cells)
+    results_of = {row.name: row.results for row in rows}
     for row in rows:
         cells = {}
         for task, (value, low, high) in row.differences.items():
-            is_clear = low * high > 0 and len(row.results[task]) > 1  # one seed decides nothing
+            seeds = min(len(results_of[name][task]) for name in (row.name, against))
+            is_clear = low * high > 0 and seeds > 1  # one seed decides nothing
             cells[task] = cell((value, low, high), is_clear, "+")
         if cells:
             add(f"difference from {against}", row.name, cells)
@@ -199,7 +201,7 @@ def save_picture(figure, path, label):
     svg = io.StringIO()
     figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
     root = f'<svg role="img" aria-label="{html.escape(label)}" '
-    runs.write_text(path, svg.getvalue().replace("<svg ", root, 1))
+    runs.save(path, svg.getvalue().replace("<svg ", root, 1))
 
 
 def draw_rows(rows, path, title, note, width, plot):
@@ -307,7 +309,7 @@ def main(arguments=None):
     add("--curves", nargs="+", metavar=("FILE.svg", "RUN"), help="draw losses of train.py's runs")
     with runs.one_line_errors():
         args = parser.parse_args(arguments)
-        if not args.folders and len(args.curves or []) < 2:
+        if len(args.curves or []) == 1 or not (args.folders or args.curves):
             raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
         if args.folders:
             rows = read_rows(args.folders)
@@ -315,7 +317,7 @@ def main(arguments=None):
             text = table(rows, args.against)
             print(text, end="", flush=True)
             if args.to:
-                runs.write_text(args.to, text)
+                runs.save(args.to, text)
             if args.picture:
                 draw_scores(rows, args.picture)
             if args.layers:

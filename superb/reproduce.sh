@@ -94,10 +94,10 @@ row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train T
 mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
 IFS=, read -ra paths <<<"$TEACHERS"
 IFS=, read -ra names <<<"$NAMES"
-folders=("${paths[@]##*/}")
-folders=("${folders[@]%.*}")
+short_names='import sys, teachers; print(*teachers.short_names(sys.argv[1:]), sep="\n")'
+mapfile -t folders < <(python -c "$short_names" "${paths[@]}")
 numbers=(no one two three four five)
-n=${#paths[@]} count=${numbers[n]}
+n=${#paths[@]} count=${numbers[n]-$n}
 if ((${#names[@]} != n)); then
     echo "reproduce.sh: NAMES must have one name per teacher of TEACHERS" >&2
     exit 2

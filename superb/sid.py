@@ -55,7 +55,7 @@ def read_table(path, columns):
     rows, header = [], None
     for number, line in data.read_lines(path):
         place = f"{path}, line {number}"
-        fields = [field.strip() for field in next(csv.reader([line]))]
+        fields = [field.strip() for field in next(csv.reader([line.replace("\0", "")]))]
         if header is None:
             header = fields
             for column in columns:
@@ -185,7 +185,9 @@ def evaluate(args):
         else:
             speakers, splits = read_splits(args.data, read_voxceleb1(args.data))
         upstream = Upstream(args)
-    crop = upstream.encoder.frames(int(args.crop * data.SAMPLE_RATE))
+        crop = upstream.encoder.frames(int(min(args.crop, 1e9) * data.SAMPLE_RATE))
+        if not crop:
+            raise ValueError(f"--crop {args.crop} is less than a frame")
     task = Classification("speaker identification", speakers, crop)
     return probe.evaluate(args, task, upstream, *splits)
 

@@ -183,13 +183,15 @@ def compute_states(args, upstream, splits, stop):
 
 def free_memory():
     """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
-    free = 0
-    with contextlib.suppress(OSError, ValueError):  # not Linux, or the limit is "max"
-        with open("/proc/meminfo", encoding="ascii") as file:
-            sizes = dict(line.split(":") for line in file)
-        free = int(sizes["MemAvailable"].split()[0]) * 1024
-        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
-            free = min(free, int(file.read()))
+    if not os.path.exists("/proc/meminfo"):
+        return 0
+    with open("/proc/meminfo", encoding="ascii") as file:
+        sizes = dict(line.split(":") for line in file)
+    free = int(sizes["MemAvailable"].split()[0]) * 1024
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, and 1
+        with contextlib.suppress(OSError, ValueError):  # absent, or the limit is "max"
+            with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+                free = min(free, int(file.read()))
     return free
 
 

@@ -162,7 +162,7 @@ def test_the_demo_learns_and_says_what_comes_next(demo):
 def test_only_a_student_that_is_finished_is_scored(tmp_path):
     runs.save(tmp_path / "student.pt", {"step": 2})
     for steps in (2, 3):
-        runs.write_text(tmp_path / "config.json", json.dumps({"settings": {"steps": steps}}))
+        runs.save(tmp_path / "config.json", json.dumps({"settings": {"steps": steps}}))
         assert speech.is_finished(tmp_path) == (steps == 2)
 
 

@@ -322,7 +322,7 @@ def test_training_stops_if_no_gradient_is_finite(corpus, tmp_path, monkeypatch):
     loss = evaluate_pr.ctc_loss
     nan = staticmethod(lambda *arguments: loss(*arguments) * float("nan"))
     monkeypatch.setattr(evaluate_pr.PhonemeRecognition, "loss", nan)
-    with pytest.raises(SystemExit, match="step 1: the gradient is not finite.* 10[0-9]-1-"):
+    with pytest.raises(RuntimeError, match="step 1: the gradient is not finite.* 10[0-9]-1-"):
         score(corpus, tmp_path)
 
 

@@ -386,7 +386,7 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     settings["data"].write_text("\n".join(lines[:-1]))
     assert "lines of --data was" in refusal(capsys, flags(job, tmp_path / "list", **settings))
     settings["data"] = write_audio(tmp_path / "other" / "folder", [6000])[0].parent.parent
-    assert "000.flac and others are not in" in refusal(
+    assert "000.flac and others cannot be read in" in refusal(
         capsys, flags(job, tmp_path / "out", **settings)
     )
 
