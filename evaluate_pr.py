@@ -92,34 +92,20 @@ def read_split(folder, name, encode):
     return Split(name, part, ids, list(labels.values()), skipped)
 
 
-def read_splits(folder, names, encode):
-    """Three Splits. Raises ValueError if two share a file."""
-    if len(names) != 3:
-        raise ValueError(f"--splits {','.join(names)}: give three, to train, choose and test on")
-    splits = [read_split(folder, name, encode) for name in names]
-    owner = {}
-    for split in splits:
-        for i, path in enumerate(split.corpus.paths):
-            other = owner.setdefault(os.path.realpath(split.path(i)), split)
-            if other is not split:
-                raise ValueError(f"--splits: {other.name} and {split.name} share {path}")
-    return splits
-
-
-def ctc_loss(log_probs, frames, labels):
+def ctc_loss(logits, frames, labels):
     """Mean CTC loss, blank 0; the loss of an utterance with too few frames for CTC is 0.
 
-    log_probs: (batch, frames, symbols + 1); frames: (batch,); labels: [(length,) int64], from 1.
+    logits: (batch, frames, symbols + 1); frames: (batch,); labels: [(length,) int64], from 1.
     """
     lengths = torch.tensor([len(label) for label in labels])
-    targets = torch.cat(labels).to(log_probs.device)
-    log_probs = log_probs.transpose(0, 1)
+    targets = torch.cat(labels).to(logits.device)
+    log_probs = logits.transpose(0, 1).log_softmax(-1)
     return nn.functional.ctc_loss(log_probs, targets, frames, lengths, zero_infinity=True)
 
 
-def ctc_greedy(log_probs, frames):
+def ctc_greedy(logits, frames):
     """The most probable path of each utterance, without repeats and blanks: [[symbol, ...]]."""
-    best = log_probs.argmax(-1).cpu()
+    best = logits.argmax(-1).cpu()
     paths = [path[:n].unique_consecutive() for path, n in zip(best, frames.tolist())]
     return [path[path != 0].tolist() for path in paths]
 
@@ -133,20 +119,20 @@ def edit_distances(references, hypotheses):
 # ------------------------------------------------------------------ the task
 
 
-class PhoneHead(nn.Module):
-    """A projection and a linear layer per frame. Source: s3prl's downstream/ctc/libriphone.yaml."""
+class LinearHead(nn.Module):
+    """A projection and a linear layer, for PR, SID and ER.
 
-    def __init__(self, dim, phones):
+    Source: s3prl's downstream/ctc/libriphone.yaml, and UtteranceLevel with MeanPooling.
+    """
+
+    def __init__(self, dim, outputs):
         super().__init__()
         self.projection = nn.Linear(dim, 256)
-        self.phones = nn.Linear(256, phones + 1)  # 0 is CTC's blank
+        self.output = nn.Linear(256, outputs)
 
     def forward(self, x, frames):
-        """x: (batch, frames, dim). Returns log probabilities, (batch, frames, phones + 1)."""
-        # Both are linear: multiplying them first is a quarter of the arithmetic.
-        weight = self.phones.weight @ self.projection.weight
-        bias = self.phones(self.projection.bias)
-        return nn.functional.linear(x, weight, bias).log_softmax(-1)
+        """x: (..., dim). Returns logits, (..., outputs)."""
+        return self.output(self.projection(x))
 
 
 class PhonemeRecognition:
@@ -168,11 +154,7 @@ class PhonemeRecognition:
         self.numbers = {phone: number for number, phone in enumerate(self.symbols, start=1)}
 
     def head(self, dim):
-        return PhoneHead(dim, len(self.symbols))
-
-    def pool(self, states, frames, training):
-        """What the head needs of (states, batch, frames, dim): here, all frames."""
-        return states
+        return LinearHead(dim, len(self.symbols) + 1)  # 0 is CTC's blank
 
     def decode(self, numbers):
         """A label or prediction as symbols, the words of a line in test.ref or test.hyp."""
@@ -195,7 +177,9 @@ def evaluate(args):
 def evaluate_task(args, task):
     """The result of args.upstream in a task with transcripts."""
     with runs.one_line_errors():
-        splits = read_splits(args.data, args.splits, task.encode)
+        if len(args.splits) != 3:
+            raise ValueError(f"--splits {','.join(args.splits)}: give train, dev and test: three")
+        splits = [read_split(args.data, name, task.encode) for name in args.splits]
         upstream = Upstream(args)
     return probe.evaluate(args, task, upstream, *splits)
 

@@ -6,6 +6,7 @@ methods of PhonemeRecognition in evaluate_pr.py.
 
 import runs
 
+import collections
 import functools
 import json
 import math
@@ -89,7 +90,7 @@ class Probe(nn.Module):
         self.head = head
 
     def forward(self, states, frames):
-        """states: (states, batch, frames, dim), or without frames if pooled; frames: (batch,)."""
+        """states: (states, batch, frames, dim); frames: (batch,)."""
         return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
 
 
@@ -107,6 +108,10 @@ def evaluate(args, task, upstream, train, dev, test):
     splits = [train, dev, test]
     probes, optimizers = [], []
     with runs.one_line_errors():
+        files = [os.path.realpath(split.path(i)) for split in splits for i in range(len(split.ids))]
+        file, times = collections.Counter(files).most_common(1)[0]
+        if times > 1:
+            raise ValueError(f"{file}: used twice in {train.name}, {dev.name} and {test.name}")
         if args.noise:
             test.add_noise(args.noise, args.snr)
         identity["noise"] = test.noise_key
@@ -137,24 +142,22 @@ def evaluate(args, task, upstream, train, dev, test):
             print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
             data.warn_skipped(split.skipped)
         print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
-        states_of = compute_states(args, upstream, splits, stop)
+        compute_states(args, upstream, splits, stop)
 
     # ------------------------------ training
     print(f"{args.out}: from step {saved['step']} of {args.steps}", flush=True)
     epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
     plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[saved["step"] : args.steps]
-    loader = load_states(upstream, states_of[train], plan, args.workers, stop)
+    loader = load_states(upstream, train, plan, args.workers, stop)
     losses, printed = [], time.monotonic()
     for step, (indices, batch) in enumerate(zip(plan, loader), start=saved["step"] + 1):
         states, frames = batch
         labels = [train.labels[i] for i in indices]
-        runs.seed(args.seed, step - 1)  # depends on these only: no RNG state to resume
-        states = task.pool(states, frames, training=True)
         norms = []
         for lr, probe, optimizer in zip(args.lr, probes, optimizers):
             if args.lr_decay:
                 optimizer.param_groups[0]["lr"] = lr * (args.steps + 1 - step) / args.steps
-            runs.seed(args.seed, step - 1, 1)  # the same dropout at every rate
+            runs.seed(args.seed, step - 1)  # the same dropout at every rate; no RNG state to resume
             loss = task.loss(probe.train()(states, frames), frames, labels)
             loss.backward()
             losses.append(loss.item())
@@ -177,7 +180,7 @@ def evaluate(args, task, upstream, train, dev, test):
             losses, printed = [], time.monotonic()
         score_now = last or step % args.eval_every == 0
         if score_now:
-            references, texts = predict(args, task, upstream, probes, states_of[dev], stop)
+            references, texts = predict(args, task, upstream, probes, dev, stop)
             for lr, probe, hypotheses in zip(args.lr, probes, texts):
                 errors, totals = task.count(references, hypotheses)
                 value = float(errors.sum() / totals.sum())
@@ -200,7 +203,7 @@ def evaluate(args, task, upstream, train, dev, test):
     best = saved["best"]
     probe = probes[0]  # for the weights of the best
     probe.load_state_dict(best["probe"])
-    references, [hypotheses] = predict(args, task, upstream, [probe], states_of[test], stop)
+    references, [hypotheses] = predict(args, task, upstream, [probe], test, stop)
     errors, totals = task.count(references, hypotheses)
     value = float(errors.sum() / totals.sum())
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
@@ -225,18 +228,13 @@ def evaluate(args, task, upstream, train, dev, test):
 
 
 @torch.no_grad()
-def predict(args, task, upstream, probes, dataset, stop):
-    """(references, per probe the hypotheses): per utterance, the symbols of task.decode.
-
-    dataset: the States of a Split.
-    """
-    split = dataset.split
+def predict(args, task, upstream, probes, split, stop):
+    """(references, per probe the hypotheses): per utterance, the symbols of task.decode."""
     order = np.argsort(-split.corpus.samples, kind="stable")
     plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
     hypotheses = [[None] * len(order) for _ in probes]
-    loader = load_states(upstream, dataset, plan, args.workers, stop)
+    loader = load_states(upstream, split, plan, args.workers, stop)
     for indices, (states, frames) in zip(plan, loader):
-        states = task.pool(states, frames, training=False)
         for probe, texts in zip(probes, hypotheses):
             predictions = task.predict(probe.eval()(states, frames), frames)
             for i, prediction in zip(indices, predictions):

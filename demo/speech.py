@@ -36,10 +36,10 @@ SETTINGS = {  # of the evaluations with --demo
     "er": {"manifest": TABLES["er"], "lr": "1e-2", "steps": 600, "eval_every": 100},
 }
 ROWS = {  # of the comparison: folder, group and name, as in rows.tsv
-    "first-teacher": ("teachers", "first teacher"),
-    "student": ("students", "student"),
-    "before-distillation": ("baselines", "before distillation"),
-    "filter-banks": ("baselines", "filter banks"),
+    "first-teacher": "first teacher",
+    "student": "student",
+    "before-distillation": "before distillation",
+    "filter-banks": "filter banks",
 }
 
 
@@ -79,25 +79,22 @@ def is_finished(folder):
 
 
 def compare(evaluate, args):
-    """Prints the scores of four upstreams by a task's evaluate(args); superb.report reads them."""
+    """Evaluates four upstreams by a task's evaluate(args), and prints superb.report's table."""
+    from superb import report
+
     folder = args.out or RUN
-    lines = ["\t".join([row, *names]) + "\n" for row, names in ROWS.items()]
+    lines = [f"{row}\t\t{name}\n" for row, name in ROWS.items()]
     with runs.one_line_errors():
         os.makedirs(folder, exist_ok=True)
         runs.save(f"{folder}/rows.tsv", "".join(lines))
     before = train(f"{RUN}/before-distillation", "--steps", "0")
     upstreams = [TEACHERS[0], train(RUN), before, "fbank"]
-    table = []
     for row, upstream in zip(ROWS, upstreams):
-        name = ROWS[row][1]
-        print(f"\n{name}", flush=True)
+        print(f"\n{ROWS[row]}", flush=True)
         settings = vars(args) | {"upstream": upstream, "out": f"{folder}/{row}/{args.task}"}
-        result = evaluate(argparse.Namespace(**settings))
-        low, high = result["interval"]
-        score = result[result["metric"].lower()]
-        table.append(f"  {name:20}{score:7.1%}   {low:.1%} to {high:.1%}")
-    noise = " in noise" if args.noise else ""
-    print(f"\n{result['metric']} on held-out speech{noise}, 95% intervals", *table, sep="\n")
+        evaluate(argparse.Namespace(**settings))
+    print()
+    report.main([f"{folder}/{row}/{args.task}" for row in ROWS])
 
 
 def write_tables(folder):

@@ -91,11 +91,11 @@ class CharacterHead(nn.Module):
         self.characters = nn.Linear(2 * hidden, len(CHARACTERS) + 1)
 
     def forward(self, x, frames):
-        """x: (batch, frames, dim). Returns log probabilities, (batch, frames, characters + 1)."""
+        """x: (batch, frames, dim). Returns logits, (batch, frames, characters + 1)."""
         x = self.projection(self.augment(x, frames))
         for lstm in self.lstms:
             x = self.dropout(lstm(x, frames))
-        return self.characters(x).log_softmax(-1)
+        return self.characters(x)
 
 
 class SpeechRecognition(PhonemeRecognition):

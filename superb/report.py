@@ -28,16 +28,16 @@ COLOURS = (BLUE, "#d1701a", "#1a7f37", "#8250df")
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """A table row: one upstream. scores, differences: {task: (value, low, high)}, from 0 to 1."""
+    """A table row: one upstream. scores: {task: (value, low, high)}, from 0 to 1."""
 
     name: str
     group: str = ""
     line_number: int = -1  # in rows.tsv, from 0; -1 if absent
     results: dict = field(default_factory=dict)  # {task: {seed: content of result.json}}
     scores: dict = field(default_factory=dict)
-    differences: dict = field(default_factory=dict)
+    bold: dict = field(default_factory=dict)  # {task: whether the score is printed bold}
 
 
 # ------------------------------------------------------------------ results
@@ -95,7 +95,7 @@ def tasks_of(rows):
 
 
 def score_rows(rows, against=None):
-    """Sets row.scores; if `against` is the name of a row, also row.differences from that row.
+    """Sets scores and bold of rows. Returns Rows of the differences from the row `against`.
 
     Raises ValueError if there is no such row, or if rows have different test utterances.
     """
@@ -103,6 +103,7 @@ def score_rows(rows, against=None):
     if against and not base:
         names = ", ".join(row.name for row in rows)
         raise ValueError(f"--against {against}: no such row; there are {names}")
+    differences = {row.name: Row(row.name, f"difference from {against}") for row in rows}
     for task in tasks_of(rows):
         resampled, test_sets = {}, set()
         rows_of_task = [row for row in rows if task in row.results]
@@ -115,16 +116,17 @@ def score_rows(rows, against=None):
         if len(test_sets) > 1:
             problem = "tested on different utterances or noise; report them separately"
             raise ValueError(f"{task}: {problem}")
-        if base in rows_of_task:
-            for row in [row for row in rows_of_task if row is not base]:
-                difference = resampled[row.name] - resampled[against]
+        best = (max if "↑" in task else min)(row.scores[task][0] for row in rows_of_task)
+        for row in rows_of_task:
+            row.bold[task] = row.scores[task][0] == best
+            if base in rows_of_task and row is not base:
+                low, high = np.percentile(resampled[row.name] - resampled[against], [2.5, 97.5])
                 value = row.scores[task][0] - base.scores[task][0]
-                row.differences[task] = np.array([value, *np.percentile(difference, [2.5, 97.5])])
-
-
-def best_score(rows, task):
-    scores = [row.scores[task][0] for row in rows if task in row.scores]
-    return max(scores) if "↑" in task else min(scores)
+                differences[row.name].scores[task] = np.array([value, low, high])
+                seeds = min(len(row.results[task]), len(base.results[task]))
+                # One seed decides nothing.
+                differences[row.name].bold[task] = low * high > 0 and seeds > 1
+    return [row for row in differences.values() if row.scores]
 
 
 def describe_sample(rows, task):
@@ -137,34 +139,21 @@ def describe_sample(rows, task):
     return f"{test['utterances']:,} utterances, {number} seed{'' if number == '1' else 's'}"
 
 
-def table(rows, against=None):
+def table(rows, differences):
     """The table in Markdown, in percent: per group the scores, then the differences."""
     tasks = tasks_of(rows)
-    best = {task: best_score(rows, task) for task in tasks}
     lines = [["", *tasks], ["---"] * (1 + len(tasks))]
-
-    def add(heading, name, cells):
-        if heading and f"*{heading}*" not in [line[0] for line in lines]:
-            lines.append([f"*{heading}*"] + [""] * len(tasks))
-        lines.append([name, *(cells.get(task, "") for task in tasks)])
-
-    def cell(interval, is_bold, sign=""):
-        value, low, high = (100 * x for x in interval)
-        text = f"**{value:{sign}.1f}**" if is_bold else f"{value:{sign}.1f}"
-        return f"{text} ({low:.1f} to {high:.1f})"
-
-    for row in rows:
-        cells = {task: cell(score, score[0] == best[task]) for task, score in row.scores.items()}
-        add(row.group, row.name, cells)
-    results_of = {row.name: row.results for row in rows}
-    for row in rows:
-        cells = {}
-        for task, (value, low, high) in row.differences.items():
-            seeds = min(len(results_of[name][task]) for name in (row.name, against))
-            is_clear = low * high > 0 and seeds > 1  # one seed decides nothing
-            cells[task] = cell((value, low, high), is_clear, "+")
-        if cells:
-            add(f"difference from {against}", row.name, cells)
+    for row in rows + differences:
+        heading = [f"*{row.group}*"] + [""] * len(tasks)
+        if row.group and heading not in lines:
+            lines.append(heading)
+        cells = dict.fromkeys(tasks, "")
+        for task, interval in row.scores.items():
+            value, low, high = 100 * interval
+            text = f"{value:+.1f}" if row in differences else f"{value:.1f}"
+            text = f"**{text}**" if row.bold[task] else text
+            cells[task] = f"{text} ({low:.1f} to {high:.1f})"
+        lines.append([row.name, *cells.values()])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ""
     for line in lines:
@@ -234,7 +223,7 @@ def draw_scores(rows, path):
 
     def plot(panel, row, task, y):
         value, low, high = 100 * row.scores[task]
-        face = BLUE if row.scores[task][0] == best_score(rows, task) else "white"
+        face = BLUE if row.bold[task] else "white"
         panel.plot([low, high], [y, y], color=BLUE)
         panel.plot(value, y, "o", color=BLUE, markerfacecolor=face, markersize=5)
         panel.grid(axis="x", linewidth=0.6)
@@ -313,8 +302,7 @@ def main(arguments=None):
             raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
         if args.folders:
             rows = read_rows(args.folders)
-            score_rows(rows, args.against)
-            text = table(rows, args.against)
+            text = table(rows, score_rows(rows, args.against))
             print(text, end="", flush=True)
             if args.to:
                 runs.save(args.to, text)

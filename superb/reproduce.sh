@@ -123,14 +123,9 @@ row concat "$group" "concatenation of $count" train "$TEACHERS" --agg concat
 row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
 
-results=() against=()
-for task in pr sid er asr; do
-    [[ " $TASKS " == *" $task "* ]] || compgen -G "$OUT/*/seed-*/$task" >/dev/null || continue
-    results+=("$OUT"/*/seed-*/$task)
-    compgen -G "$OUT/avg/seed-*/$task/result.json" >/dev/null &&
-        against=(--against "average of $count")
-done
-python -m superb.report "${results[@]}" "${against[@]}" --to "$OUT/results.md" \
+against=()
+compgen -G "$OUT/avg/seed-*/*/result.json" >/dev/null && against=(--against "average of $count")
+python -m superb.report "$OUT"/*/seed-*/*/ "${against[@]}" --to "$OUT/results.md" \
     --picture "$OUT/results.svg" --layers "$OUT/layers.svg" || failed+=(report)
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}; logs are in $OUT/logs; the same command tries them again" >&2

@@ -18,6 +18,7 @@ from torch import nn
 
 import data
 import probe
+from evaluate_pr import LinearHead
 from superb.upstream import Split, Upstream
 
 SPLIT_NAMES = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
@@ -72,18 +73,13 @@ def read_table(path, columns):
 
 
 def read_corpus(root, rows):
-    """The data.Corpus of rows (path, ..., place of the line).
-
-    Raises ValueError if a file is missing or named twice.
-    """
-    places = {}
+    """The data.Corpus of rows (path, ..., place of the line). Raises ValueError."""
+    found = set()
     for path, *_, place in rows:
-        file = os.path.realpath(os.path.join(root, path))
-        if not os.path.isfile(file):
-            raise ValueError(f"{place}: no file {os.path.join(root, path)}")
-        if file in places:
-            raise ValueError(f"{place}: {path} is named twice, first in {places[file]}")
-        places[file] = place
+        if path in found or not os.path.isfile(os.path.join(root, path)):
+            problem = "a second line of" if path in found else "no file"
+            raise ValueError(f"{place}: {problem} {os.path.join(root, path)}")
+        found.add(path)
     lengths, skipped = data.read_lengths(root, [row[0] for row in rows])
     data.check_skipped(skipped, len(rows))
     skipped |= {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
@@ -114,34 +110,24 @@ def read_splits(root, rows):
     return speakers, [make_split(name, corpus, parts[name], speakers) for name in parts]
 
 
-def mean_over_frames(states, frames, crop=None):
-    """Per utterance, the mean over frames, or over a random crop of `crop` frames.
+class MeanHead(LinearHead):
+    """A LinearHead on the mean over frames; in training, over a random crop of `crop` frames.
 
-    states: (..., batch, frames, dim); frames: (batch,). Returns (..., batch, dim). SUPERB pools
-    after the weighted sum and the projection: both are linear, so pooling first is equal.
+    SUPERB projects first, then takes the mean: both are linear, so the results are equal.
     """
-    start = torch.zeros_like(frames)
-    if crop:
-        last_start = (frames - crop).clamp(min=0)
-        start = (torch.rand(len(frames)) * (last_start + 1)).long()
-        frames = frames.clamp(max=crop)
-    time = torch.arange(states.shape[-2]) - start[:, None]  # from the start of the crop
-    inside = (time >= 0) & (time < frames[:, None])
-    weights = (inside / frames[:, None]).to(states)
-    return torch.matmul(weights[:, None], states)[..., 0, :]
 
-
-class MeanHead(nn.Module):
-    """Two linear layers on the mean. Source: s3prl's UtteranceLevel with MeanPooling."""
-
-    def __init__(self, dim, classes):
-        super().__init__()
-        self.projection = nn.Linear(dim, 256)
-        self.classes = nn.Linear(256, classes)
+    def __init__(self, dim, classes, crop=None):
+        super().__init__(dim, classes)
+        self.crop = crop
 
     def forward(self, x, frames):
-        """x: (batch, dim). Returns logits, (batch, classes)."""
-        return self.classes(self.projection(x))
+        """x: (batch, frames, dim); frames: (batch,). Returns logits, (batch, classes)."""
+        means = []
+        for utterance, length in zip(x, frames.tolist()):
+            size = min(self.crop or length, length) if self.training else length
+            start = int(torch.randint(length - size + 1, ()))
+            means.append(utterance[start : start + size].mean(0))
+        return super().forward(torch.stack(means), frames)
 
 
 class Classification:
@@ -157,10 +143,7 @@ class Classification:
         self.name, self.symbols, self.crop = name, classes, crop
 
     def head(self, dim):
-        return MeanHead(dim, len(self.symbols))
-
-    def pool(self, states, frames, training):
-        return mean_over_frames(states, frames, self.crop if training else None)
+        return MeanHead(dim, len(self.symbols), self.crop)
 
     def loss(self, logits, frames, labels):
         return nn.functional.cross_entropy(logits, torch.stack(labels).to(logits.device))

@@ -17,14 +17,16 @@ from teachers import digest, load_teacher
 MAX_SECONDS = 160  # the upstream gets whole utterances
 
 
-class Split:
-    """Labelled utterances of a data.Corpus.
+class Split(torch.utils.data.Dataset):
+    """Labelled utterances of a data.Corpus, and their hidden states, once computed.
 
     ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
+    memory: that of the Upstream; cache: a Cache, or None. compute_states sets both.
     Raises ValueError if an utterance is too long.
     """
 
-    noise = noise_key = None
+    noise = noise_key = cache = None
+    memory = {}
 
     def __init__(self, name, corpus, ids, labels, skipped):
         self.name, self.corpus, self.skipped = name, corpus, skipped
@@ -55,6 +57,21 @@ class Split:
             return self.noise.mix(waveform, i) if self.noise else waveform
         except data.UNREADABLE as error:
             raise ValueError(f"{self.path(i)}: {error}; restore it") from None
+
+    def memory_key(self, i):
+        return self.path(i), self.noise_key
+
+    def load(self, i):
+        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
+        if self.memory_key(i) in self.memory:
+            return self.memory[self.memory_key(i)]
+        if self.cache:
+            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
+                return runs.load(self.cache.path(i))
+        return self.read(i)
+
+    def __getitem__(self, indices):
+        return [self.load(i) for i in indices]
 
 
 class FilterBanks(nn.Module):
@@ -123,62 +140,36 @@ def load_encoder(path, device):
     return load_teacher(path, device)
 
 
-class States(torch.utils.data.Dataset):
-    """Hidden states of the utterances of a Split, read in batches by a loader's workers.
-
-    memory: that of the Upstream; cache: a Cache, or None.
-    """
-
-    def __init__(self, split, memory, cache=None):
-        self.split, self.memory, self.cache = split, memory, cache
-
-    def memory_key(self, i):
-        return self.split.path(i), self.split.noise_key
-
-    def load(self, i):
-        """The states of utterance i, (states, frames, dim), if computed; else its waveform."""
-        if self.memory_key(i) in self.memory:
-            return self.memory[self.memory_key(i)]
-        if self.cache:
-            with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
-                return runs.load(self.cache.path(i))
-        return self.split.read(i)
-
-    def __getitem__(self, indices):
-        return [self.load(i) for i in indices]
-
-
 def compute_states(args, upstream, splits, stop):
-    """{split: its States}: computed into --cache, or into memory if half of what is free is enough.
+    """Computes states into --cache, or into memory if half of what is free is enough.
 
     args: cache, batch_size and workers are used.
     """
     frame_bytes = 2 * len(upstream.layers) * upstream.dim  # bfloat16
-    datasets, missing = {}, {}  # missing: {(dataset, utterance): bytes}
+    missing = {}  # {(split, utterance): bytes}
     for split in splits:
-        dataset = datasets[split] = States(split, upstream.memory)
+        split.memory = upstream.memory
         sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
         if args.cache:
             name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
-            dataset.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
+            split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
             label = f"states of {split.name}"
-            dataset.cache.fill(lambda i, s=split: upstream(s.read(i)).cpu(), sizes, label, stop)
+            split.cache.fill(lambda i, s=split: upstream(s.read(i)).cpu(), sizes, label, stop)
             data.check_shared_memory(args.batch_size * max(sizes), args.workers)
         else:
             for i, size in enumerate(sizes):
-                if dataset.memory_key(i) not in upstream.memory:
-                    missing[dataset, i] = size
+                if split.memory_key(i) not in upstream.memory:
+                    missing[split, i] = size
     if missing:
         needed = sum(missing.values())
         fits = needed < free_memory() / 2
         place = "in memory" if fits else "computed at every step; --cache DIR would store them"
         print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
         if fits:
-            for dataset, i in missing:
+            for split, i in missing:
                 if stop.number:
                     raise SystemExit(128 + stop.number)
-                upstream.memory[dataset.memory_key(i)] = upstream(dataset.split.read(i)).cpu()
-    return datasets
+                upstream.memory[split.memory_key(i)] = upstream(split.read(i)).cpu()
 
 
 def free_memory():
@@ -195,13 +186,13 @@ def free_memory():
     return free
 
 
-def load_states(upstream, dataset, plan, workers, stop):
+def load_states(upstream, split, plan, workers, stop):
     """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
 
-    dataset: States; plan: per batch, the indices of its utterances.
+    plan: per batch, the indices of its utterances.
     """
-    workers = 0 if dataset.memory_key(0) in upstream.memory else workers  # they would copy it
-    for items in data.load_batches(dataset, plan, workers, upstream.device.type == "cuda", stop):
+    workers = 0 if split.memory_key(0) in upstream.memory else workers  # they would copy it
+    for items in data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop):
         items = [upstream(x) if x.dim() == 1 else x for x in items]  # 1: a waveform
         items = [x.to(upstream.device, non_blocking=True) for x in items]
         frames = [x.shape[1] for x in items]

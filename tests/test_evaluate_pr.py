@@ -79,13 +79,10 @@ def test_demo_compares_four_upstreams_and_leaves_their_results(whole_demo, tmp_p
     folder, _ = whole_demo
     done = run("evaluate_pr.py", "--demo", "--steps", "300", "--out", tmp_path, cwd=folder)
     assert done.returncode == 0, done.stderr
-    rows = dict(line.rsplit(None, 4)[:2] for line in done.stdout.splitlines()[-4:])
-    scores = {name.strip(): float(score.rstrip("%")) for name, score in rows.items()}
-    assert list(scores) == ["first teacher", "student", "before distillation", "filter banks"]
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[-9:-2] if "(" in line]
+    scores = {name.strip(): float(score.split()[0].strip("*")) for name, score in rows}
+    assert set(scores) == set(speech.ROWS.values())
     assert max(scores["first teacher"], scores["student"]) < 25 < scores["filter banks"]
-    results = sorted(str(path) for path in tmp_path.glob("*/pr"))
-    report = run("-m", "superb.report", *results, cwd=folder)
-    assert report.returncode == 0 and all(f" {name} " in report.stdout for name in scores)
 
 
 # ------------------------------------------------------------------ lexicons
@@ -187,9 +184,3 @@ def test_utterance_with_too_few_frames_for_ctc_adds_nothing_to_the_loss():
 def test_edit_distances_are_per_utterance():
     errors, totals = evaluate_pr.edit_distances([[1, 2, 3], [4]], [[1, 3], [4, 4, 4]])
     assert errors.tolist() == [1, 2] and totals.tolist() == [3, 1]
-
-
-def test_head_equals_its_two_layers_one_after_the_other():
-    head, x = evaluate_pr.PhoneHead(8, 5), torch.randn(2, 7, 8)
-    expected = head.phones(head.projection(x)).log_softmax(-1)
-    torch.testing.assert_close(head(x, None), expected)

@@ -29,38 +29,28 @@ def read(path):
     return sid.read_table(str(path), ["path", "label", "split"])
 
 
-def test_mean_before_the_weighted_sum_and_the_head_equals_the_mean_after_them():
-    head, states, frames = sid.MeanHead(4, 3), torch.randn(2, 2, 10, 4), torch.tensor([10, 6])
-    model = probe.Probe(2, head)
-    with torch.no_grad():
-        model.weights.copy_(torch.tensor([0.5, -0.5]))
-    found = model(sid.mean_over_frames(states, frames), frames)
-    mixed = torch.tensordot(model.weights.softmax(0), states, dims=1)
-    for row, length in enumerate(frames.tolist()):  # the order of SUPERB
-        expected = head.classes(head.projection(mixed[row, :length]).mean(0))
-        torch.testing.assert_close(found[row], expected)
-
-
 def test_training_uses_a_random_crop_and_scoring_the_whole_utterance():
-    task = sid.Classification("speakers", ["a"], crop=5)
-    states = torch.arange(20.0)[None, None, :, None].repeat(1, 640, 1, 1)
+    head = sid.MeanHead(1, 1, crop=5)
+    head.projection = head.output = torch.nn.Identity()
+    states = torch.arange(20.0)[None, :, None].repeat(640, 1, 1)
     frames = torch.tensor([20, 4] * 320)
     torch.manual_seed(0)
-    means = task.pool(states, frames, training=True)[0, :, 0]
+    means = head.train()(states, frames)[:, 0]
     torch.testing.assert_close(means[1::2], torch.full((320,), 1.5))  # shorter than the crop
     starts = means[::2] - 2  # the mean of five frames from `start` on is start + 2
     torch.testing.assert_close(starts, starts.round())
     assert sorted(starts.round().unique().tolist()) == list(range(16))
-    whole = task.pool(states, frames, training=False)[0, ::2, 0]
+    whole = head.eval()(states, frames)[::2, 0]
     torch.testing.assert_close(whole, torch.full((320,), 9.5))
 
 
-def test_crop_is_in_seconds(speakers, tmp_path, monkeypatch):
+def test_crop_is_in_seconds(speakers, tmp_path, monkeypatch, capsys):
     crops = []
     monkeypatch.setattr(probe, "evaluate", lambda args, task, *rest: crops.append(task.crop))
     settings = {"upstream": "fbank", "manifest": speakers, "out": tmp_path, "crop": 0.5}
     on_cpu(sid, flags_of(settings))
     assert crops == [48]  # frames of 10 ms
+    assert "--crop 0.02 is less" in refused(capsys, sid, flags_of(settings | {"crop": 0.02}))
 
 
 def test_speakers_are_identified_better_than_by_chance(speakers, upstreams, tmp_path):
@@ -107,10 +97,11 @@ def test_blanks_and_a_byte_order_mark_in_a_table_are_ignored(tmp_path):
         ("list.csv", "path,label,split\n000.flac,x\n", ["line 2", "missing"]),
         ("list.csv", "path,label,split\n", ["no lines"]),
         ("list.csv", "path,label,split\n009.flac,x,train\n", ["line 2", "009.flac"]),
+        ("list.csv", "path,label,split\n000.flac,x,train\n000.flac,x,dev\n", ["line 3", "second"]),
         (
             "list.csv",
-            "path,label,split\n000.flac,x,train\n./000.flac,x,test\n",
-            ["line 3", "twice"],
+            "path,label,split\n000.flac,x,train\n001.flac,x,dev\n./000.flac,x,test\n",
+            ["000.flac: used twice"],
         ),
         ("list.csv", "path,label,split\n000.flac,x,train\n001.flac,y,test\n", ["line 3", "y"]),
         ("list.csv", "path,label,split\n000.flac,x,train\n", ["dev"]),
