@@ -82,25 +82,20 @@ def save_official(encoder, path, form, dtype=torch.float32):
     dtype: of the weights in the file.
     """
     c = encoder.config
-    settings = {fairseq: getattr(c, field) for field, fairseq, _ in SETTINGS}
-    settings["conv_feature_layers"] = str(list(c.conv_layers))
-    settings["extractor_mode"] = "layer_norm" if c.conv_norm == "layer" else "default"
-    settings["activation_fn"] = "gelu"
+    model = {fairseq: getattr(c, field) for field, fairseq, _ in SETTINGS}
+    model |= {"conv_feature_layers": str(list(c.conv_layers)), "activation_fn": "gelu"}
+    model["extractor_mode"] = "layer_norm" if c.conv_norm == "layer" else "default"
     task = {"normalize": c.normalize, "sample_rate": 16000}
+    wavlm = {"relative_position_embedding": c.relative_buckets > 0, "gru_rel_pos": c.relative_gate}
+    wavlm |= {"num_buckets": c.relative_buckets, "max_distance": c.relative_distance}
     weights = official_state_dict(encoder, "fairseq")
     weights = {name: weight.to(dtype) for name, weight in weights.items()}
-    if form == "fairseq":
-        content = {"cfg": {"model": settings, "task": task}, "model": weights}
-    elif form == "s3prl":
-        content = {"task_cfg": task, "model_cfg": settings, "model_weight": weights}
-    else:
-        settings["normalize"] = c.normalize
-        settings["relative_position_embedding"] = c.relative_buckets > 0
-        settings["num_buckets"] = c.relative_buckets
-        settings["max_distance"] = c.relative_distance
-        settings["gru_rel_pos"] = c.relative_gate
-        content = {"cfg": settings, "model": weights}
-    runs.save(path, content)
+    contents = {
+        "fairseq": {"cfg": {"model": model, "task": task}, "model": weights},
+        "s3prl": {"model_cfg": model, "task_cfg": task, "model_weight": weights},
+        "microsoft": {"cfg": model | task | wavlm, "model": weights},
+    }
+    runs.save(path, contents[form])
 
 
 def write_transformers(student, folder, about=None):

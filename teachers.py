@@ -17,6 +17,7 @@ import os
 import pickletools
 import re
 import socket
+import tempfile
 import zipfile
 
 import torch
@@ -393,24 +394,17 @@ def download(url):
     path = os.path.join(folder, os.path.basename(url))
     if os.path.exists(path):
         return path
+    socket.setdefaulttimeout(60)
     try:
         os.makedirs(folder, exist_ok=True)
-        lock = FileLock(f"{path}.lock").acquire()
-    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
-        problem = f"cannot be written or locked ({error})"
-        raise OSError(f"{folder}: {problem}; set TORCH_HOME to another folder") from None
-    with lock:
-        if os.path.exists(path):  # downloaded by another process
-            return path
-        socket.setdefaulttimeout(60)
-        try:
-            torch.hub.download_url_to_file(url, f"{path}.new")
-            read_file(f"{path}.new")  # torch.hub does not detect a truncated download
-            os.replace(f"{path}.new", path)
-        except (OSError, ValueError) as error:
-            with contextlib.suppress(OSError):
-                os.remove(f"{path}.new")
-            raise OSError(f"{url}: not downloaded ({error}); try again") from None
-        finally:
-            socket.setdefaulttimeout(None)
+        with FileLock(f"{path}.lock"), tempfile.TemporaryDirectory(dir=folder) as partial:
+            if not os.path.exists(path):  # not downloaded by another process meanwhile
+                torch.hub.download_url_to_file(url, f"{partial}/file")
+                read_file(f"{partial}/file")  # torch.hub does not detect a truncated download
+                os.replace(f"{partial}/file", path)
+    except (OSError, ValueError, NotImplementedError) as error:  # the last: no file locks there
+        remedy = "try again, or set TORCH_HOME to another folder"
+        raise OSError(f"{url}: not downloaded to {folder} ({error}); {remedy}") from None
+    finally:
+        socket.setdefaulttimeout(None)
     return path

@@ -10,8 +10,6 @@ import collections
 import glob
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import soundfile
@@ -58,24 +56,16 @@ def prepare():
         os.rename(f"{DATA}.partial", DATA)
 
 
-def train(folder, *flags):
+def train_student(folder, *flags):
     """Path of FOLDER/student.pt; if it is missing or unfinished, train.py --demo is run first."""
+    import train
+
     student = f"{folder}/student.pt"
-    if not is_finished(folder):
+    settings = runs.read_json(f"{folder}/config.json").get("settings", {})
+    if not os.path.exists(student) or runs.load(student)["step"] != settings["steps"]:
         print(f"demo: {student} is not finished, running train.py --demo", flush=True)
-        program = os.path.join(os.path.dirname(HERE), "train.py")
-        done = subprocess.run([sys.executable, program, "--demo", "--out", folder, *flags])
-        if done.returncode:
-            sys.exit(done.returncode)
+        train.main(["--demo", "--out", folder, *flags])
     return student
-
-
-def is_finished(folder):
-    """Whether FOLDER/student.pt has been trained for all steps of its run."""
-    if not os.path.exists(f"{folder}/student.pt"):
-        return False
-    settings = runs.read_json(f"{folder}/config.json")["settings"]
-    return runs.load(f"{folder}/student.pt")["step"] == settings["steps"]
 
 
 def compare(evaluate, args):
@@ -87,8 +77,8 @@ def compare(evaluate, args):
     with runs.one_line_errors():
         os.makedirs(folder, exist_ok=True)
         runs.save(f"{folder}/rows.tsv", "".join(lines))
-    before = train(f"{RUN}/before-distillation", "--steps", "0")
-    upstreams = [TEACHERS[0], train(RUN), before, "fbank"]
+    before = train_student(f"{RUN}/before-distillation", "--steps", "0")
+    upstreams = [TEACHERS[0], train_student(RUN), before, "fbank"]
     for row, upstream in zip(ROWS, upstreams):
         print(f"\n{ROWS[row]}", flush=True)
         settings = vars(args) | {"upstream": upstream, "out": f"{folder}/{row}/{args.task}"}

@@ -442,5 +442,5 @@ def test_processes_of_a_machine_download_once(server):
 def test_a_folder_that_cannot_be_written_matters_to_downloads_alone(server, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "/proc/.cache/torch/hub")  # HOME=/proc
     load_teacher(tmp_path / "saved.pt")
-    with pytest.raises(OSError, match="^/proc/.*cannot be written.*set TORCH_HOME"):
+    with pytest.raises(OSError, match="not downloaded to /proc/.*set TORCH_HOME"):
         load_teacher("hubert")
