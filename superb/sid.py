@@ -53,20 +53,15 @@ def read_voxceleb1(folder):
 
 def read_table(path, columns):
     """[[value of each column, ..., place of the line]] of a .csv; values are stripped."""
-    rows, header = [], None
-    for number, line in data.read_lines(path):
+    rows, lines = [], data.read_lines(path)
+    table = csv.DictReader(line.replace("\0", "") for _, line in lines)
+    table.fieldnames = [name.strip() for name in table.fieldnames or []]
+    for (number, _), row in zip(lines[1:], table):
         place = f"{path}, line {number}"
-        fields = [field.strip() for field in next(csv.reader([line.replace("\0", "")]))]
-        if header is None:
-            header = fields
-            for column in columns:
-                if header.count(column) != 1:
-                    raise ValueError(f"{place}: {header.count(column)} {column} columns, not one")
-            continue
-        row = dict(zip(header, fields))
-        if not all(row.get(column) for column in columns):
+        values = [(row.get(column) or "").strip() for column in columns]
+        if not all(values):
             raise ValueError(f"{place}: a value of {','.join(columns)} is missing")
-        rows.append([row[column] for column in columns] + [place])
+        rows.append([*values, place])
     if not rows:
         raise ValueError(f"{path}: no lines below the header")
     return rows
