@@ -162,8 +162,10 @@ def table(rows, differences):
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
     over = "utterances and seeds" if "seeds" in samples else "utterances"
     text += f"\nPercent; 95% intervals are over {over}. Test sets: {samples}. "
-    bold = "the best of a task; differences over several seeds whose interval excludes 0"
-    return f"{text}Bold: {bold}.\n"
+    text += "Bold: the best of a task"
+    if differences:
+        text += "; differences over several seeds whose interval excludes 0"
+    return f"{text}.\n"
 
 
 # ------------------------------------------------------------------ pictures

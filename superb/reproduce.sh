@@ -4,7 +4,7 @@
 #
 #     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
-#     bash superb/reproduce.sh --demo                       # synthetic speech, 14 minutes, 2 cores
+#     bash superb/reproduce.sh --demo                       # synthetic speech, 7 minutes, 2 cores
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
