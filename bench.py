@@ -1,9 +1,9 @@
-"""How long the parts of a step of train.py take, with three Base teachers of random weights.
+"""Time per step of train.py and per part of a step, with three Base teachers of random weights.
 
     python bench.py --cache
     python bench.py --agg concat --precision bf16
 
-Other flags are those of train.py. The first two steps are not timed.
+Other flags go to train.py. The first two steps of a run are not timed.
 """
 
 import runs
@@ -21,7 +21,7 @@ import data
 import train
 from encoder import EncoderConfig, SpeechEncoder
 
-TEACHERS = {"hubert-1": 0, "hubert-2": 0, "wavlm": 320}  # relative position buckets
+TEACHERS = {"hubert-1": 0, "hubert-2": 0, "wavlm": 320}  # their relative position buckets
 PARTS = {  # functions that train.main() calls at every step
     "targets": [(train, "compute_targets"), (train, "dequantize")],
     "forward": [(train.Student, "__call__")],
@@ -38,18 +38,19 @@ def load_teacher(name, device):
 
 
 def write_audio(folder, seconds):
-    """Writes one FLAC file of noise per length in seconds."""
+    """Writes one FLAC file of noise per length in seconds. Returns the Corpus."""
     rng = np.random.default_rng(0)
     for number, length in enumerate(seconds):
         noise = 0.1 * rng.standard_normal(int(length * data.SAMPLE_RATE))
         soundfile.write(f"{folder}/{number:03}.flac", noise, data.SAMPLE_RATE)
+    return data.find_corpus(folder, ["."])
 
 
 def timed(function, part, times):
-    """The function, which also adds (part, start, end) in seconds to `times` at every call."""
+    """Wraps a function: each call also appends (part, start, end), in seconds, to `times`."""
 
     def now():
-        if torch.cuda.is_initialized():  # parts wait for each other: a step is a bit slower
+        if torch.cuda.is_initialized():  # so that its work counts for the right part
             torch.cuda.synchronize()
         return time.perf_counter()
 
@@ -63,7 +64,7 @@ def timed(function, part, times):
 
 
 def time_steps(flags):
-    """Runs train.py. Returns the seconds of each step and part, (steps, parts), the rest last."""
+    """Runs train.py. Returns per timed step the seconds of each part, and of everything else."""
     times = []
     with contextlib.ExitStack() as patches:
         patches.enter_context(mock.patch.object(train, "load_teacher", load_teacher))
@@ -72,12 +73,15 @@ def time_steps(flags):
                 function = timed(getattr(owner, name), part, times)
                 patches.enter_context(mock.patch.object(owner, name, function))
         train.main(flags)
+    # A step lasts from the end of one optimizer step to the end of the next.
     ends = [end for part, _, end in times if part == "optimizer"][WARMUP - 1 :]
     steps = []
     for before, after in zip(ends, ends[1:]):
-        inside = [(part, end - start) for part, start, end in times if before < end <= after]
-        seconds = [sum(s for part, s in inside if part == name) for name in PARTS]
-        steps.append([*seconds, after - before - sum(seconds)])
+        seconds = dict.fromkeys(PARTS, 0.0)
+        for part, start, end in times:
+            if before < end <= after:
+                seconds[part] += end - start
+        steps.append([*seconds.values(), after - before - sum(seconds.values())])
     return steps
 
 
@@ -85,7 +89,7 @@ def main(arguments=None):
     with runs.one_line_errors():
         parser = runs.Parser(__doc__.split("\n")[0])
         add = parser.add_argument
-        add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="of utterances")
+        add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="per utterance")
         add("--steps", type=runs.count, default=5, help="timed steps per round")
         add("--cache", action="store_true", help="also time steps with cached targets")
         args, others = parser.parse_known_args(arguments)
@@ -95,18 +99,18 @@ def main(arguments=None):
     if args.cache:
         measured["step with cached targets"] = []
     with tempfile.TemporaryDirectory() as folder:
-        write_audio(folder, args.seconds)
+        corpus = write_audio(folder, args.seconds)
         for number in range(ROUNDS):  # in turn, as a machine's speed varies
-            for kind, steps in measured.items():
-                cache = ["--cache", f"{folder}/targets"] if kind != "step" else []
-                out = f"{folder}/{number}{kind}"
-                steps += time_steps([*flags, *others, *cache, "--data", folder, "--out", out])
-    samples = int(min(args.seconds) * data.SAMPLE_RATE) // data.CROP_MULTIPLE * data.CROP_MULTIPLE
-    audio = len(args.seconds) * samples / data.SAMPLE_RATE
+            for kind in measured:
+                cache = [] if kind == "step" else ["--cache", f"{folder}/targets"]
+                place = ["--data", folder, "--out", f"{folder}/{number}{kind}"]
+                measured[kind] += time_steps([*others, *flags, *cache, *place])
+    _, crops, _ = data.TrainBatches(corpus, len(corpus)).plan(0)
+    audio = len(corpus) * crops[0] / data.SAMPLE_RATE
     print(f"\n{', '.join(TEACHERS)}; {audio:.1f} s of audio per step")
     for kind, steps in measured.items():
         total = np.median(np.sum(steps, axis=1))
-        print(f"{kind}: {total:.3g} s, {audio / total:.3g} s of audio per second")
+        print(f"{kind}: {total:.3g} s, {audio / total:.3g} s of audio per second; medians:")
         for part, median in zip([*PARTS, "rest"], np.median(steps, axis=0)):
             print(f"  {part:10}{median:.3g} s")
 

@@ -1,4 +1,4 @@
-"""Tensors of frozen networks, computed once: one file per utterance, and targets in 8 bits."""
+"""Outputs of frozen networks, computed once: one file per utterance; targets are int8."""
 
 import runs
 from runs import RANK, WORLD_SIZE
@@ -15,7 +15,7 @@ import data
 
 
 def key(*parts):
-    """16 hex digits, a hash of the parts (JSON types): to name or compare them."""
+    """A hash of the parts (JSON types), 16 hex digits: a name for a folder, or to compare them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -33,7 +33,7 @@ def file_name(corpus, i):
 
 
 class Cache:
-    """One .pt file per utterance of a Corpus, in a folder named after networks and settings."""
+    """One .pt file per utterance of a Corpus, in a folder per set of networks and settings."""
 
     def __init__(self, folder, corpus):
         self.folder, self.corpus = folder, corpus
@@ -42,10 +42,10 @@ class Cache:
         return os.path.join(self.folder, file_name(self.corpus, i))
 
     def crop(self, i, start, samples):
-        """The quantized targets of the crop of utterance i from sample `start` on.
+        """The quantized targets of a crop of utterance i, from sample `start`, a multiple of 320.
 
         Convolutions without padding keep frames and samples aligned: the crop that starts at
-        sample 320 n has the frames from n on. The targets are computed from the whole utterance.
+        sample 320 * n has the frames from n on. They are computed from the whole utterance.
         """
         targets = runs.load(self.path(i))
         frames = (samples - data.MIN_SAMPLES) // data.FRAME_SAMPLES + 1
@@ -59,9 +59,9 @@ class Cache:
             return True
 
     def fill(self, compute, sizes, name, stop):
-        """Computes what is missing, in the main process; ranks share the work by index.
+        """Computes what is missing, in the main process; rank r the utterances r, r + ranks, ...
 
-        compute(i): the tensors of utterance i, or None; sizes: bytes per utterance.
+        compute(i): tensors of utterance i, or None if it cannot be read; sizes: bytes each.
         The total size is printed first; too little free disk space is an error before anything
         is computed. Exits on a signal; the same command resumes.
         """

@@ -20,13 +20,13 @@ import torchaudio
 SAMPLE_RATE = 16000
 FRAME_SAMPLES = 320  # from one frame to the next
 MIN_SAMPLES = 400  # the receptive field of one frame
-CROP_MULTIPLE = 3200  # samples of a crop are a multiple of it, which limits the shapes
+CROP_MULTIPLE = 3200  # crops are cut to a multiple of it, so that there are few shapes
 BATCH_TIMEOUT = 600  # seconds
 LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 EXTENSIONS |= {".aif", ".oga", ".opus", ".snd", ".sph"}
 UNSUPPORTED = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr", ".3gp", ".ape", ".mka", ".wv"}
-UNREADABLE = (soundfile.SoundFileError, OSError, ValueError, TypeError)  # from read_audio
+UNREADABLE = (soundfile.SoundFileError, OSError, ValueError, TypeError)  # reading audio or a target
 
 
 # ------------------------------------------------------------------ utterances
@@ -38,7 +38,7 @@ class Corpus:
     root: folder that paths are relative to; paths: the file per utterance.
     starts, samples: (utterances,) int64, first sample in the file, and length.
     skipped: {path: reason} of the files that were found but cannot be used.
-    pieces: the paths that are not used whole; the length of all others must not change.
+    pieces: the paths of files in parts; every other file must have exactly the listed length.
     """
 
     def __init__(self, root, paths, starts, samples, skipped=(), pieces=()):
@@ -80,7 +80,7 @@ def warn_skipped(skipped):
 
 
 def check_skipped(skipped, total):
-    """Raises ValueError if over 1% of `total` files are skipped: it is not single files then."""
+    """Raises ValueError if over 1% of `total` files are skipped."""
     if len(skipped) > 0.01 * total:
         path = min(skipped)
         count = f"{len(skipped)} of {total} audio files cannot be used, over 1%"
@@ -125,7 +125,7 @@ class TrainBatches(torch.utils.data.Dataset):
         utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
         crops = self.corpus.samples[utterances].min(axis=1)
         rounded = crops // CROP_MULTIPLE * CROP_MULTIPLE
-        crops = np.where(rounded > 0, rounded, crops)  # shorter crops keep their length
+        crops = np.where(rounded > 0, rounded, crops)  # not of crops below CROP_MULTIPLE
         return utterances, crops, rng.random(len(self.corpus))
 
     def __getitem__(self, step):
@@ -171,7 +171,7 @@ class Noise:
     """Noise of the audio files under a folder, for students of noisy speech.
 
     snr: [lowest, highest] signal-to-noise ratio of a waveform in dB, drawn uniformly, or [one].
-    probability: that noise is added to a waveform at all.
+    probability: of a waveform to get noise.
     Raises as find_corpus does.
     Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
     """
@@ -244,10 +244,11 @@ def ignore_signals(worker):
 def check_shared_memory(batch_bytes, workers):
     """Raises ValueError if /dev/shm is too small for the batches that workers prepare."""
     needed = 2 * workers * batch_bytes  # DataLoader's prefetch_factor is 2
-    if needed and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free < needed:
-        free = f"of {shutil.disk_usage('/dev/shm').free / 1e6:.0f} MB in /dev/shm"
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
+    if needed > free:
+        sizes = f"{needed / 1e6:.0f} MB in /dev/shm, {free / 1e6:.0f} MB are free"
         remedy = "use fewer, or docker run --shm-size=2g"
-        raise ValueError(f"--workers {workers} need {needed / 1e6:.0f} MB {free}; {remedy}")
+        raise ValueError(f"--workers {workers} need {sizes}; {remedy}")
 
 
 # ------------------------------------------------------------------ reading
@@ -308,7 +309,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     if max_seconds:
         longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
     if max_seconds and longest < 2 * MIN_SAMPLES:
-        raise ValueError(f"--max-seconds {max_seconds} is less than two frames, 0.05")
+        raise ValueError(f"--max-seconds {max_seconds} is less than 0.05")
     rows = []
     for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
         if length < MIN_SAMPLES:
@@ -375,7 +376,7 @@ def read_lengths(root, paths):
             info = soundfile.info(file)
             # ffmpeg and others write a length of 0 or 2^63 - 1 to a pipe.
             if not 0 < info.frames < 10_000 * os.path.getsize(file):
-                raise ValueError(f"{info.frames} samples in its header; encode it again")
+                raise ValueError(f"a length of {info.frames} in its header; encode it again")
             return resampled_length(info.frames, info.samplerate)
         except UNREADABLE as error:
             return f"cannot be read: {error}"
@@ -391,7 +392,7 @@ def read_lengths(root, paths):
 def read_manifest(path, moved_root=None):
     """The Corpus of a fairseq manifest: a root folder, then lines of `path<tab>samples`.
 
-    With three columns the second is the first sample, for pieces of files. A relative root is
+    With three columns the middle one is the first sample of a piece of a file. A relative root is
     relative to the manifest; moved_root replaces the root if it is a folder.
     Raises FileNotFoundError and ValueError.
     """

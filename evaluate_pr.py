@@ -51,8 +51,8 @@ def read_lexicon(paths):
             word, *phones = text.split()
             while phones and NUMBER.fullmatch(phones[0]):
                 del phones[0]
-            decimals = [phone for phone in phones if NUMBER.fullmatch(phone) and "." in phone]
-            if decimals or not phones:
+            misplaced = [phone for phone in phones if NUMBER.fullmatch(phone) and "." in phone]
+            if misplaced or not phones:  # a probability after a phone
                 raise ValueError(f"{path}, line {number}: not WORD PHONE PHONE ...: {text[:50]!r}")
             word = re.sub(r"\([0-9]+\)$", "", word)
             lexicon.setdefault(word.upper(), phones)
@@ -93,7 +93,9 @@ def read_split(folder, name, encode):
 
 
 def ctc_loss(logits, frames, labels):
-    """Mean CTC loss, blank 0; the loss of an utterance with too few frames for CTC is 0.
+    """CTC loss, blank 0: per utterance divided by its label's length, then the mean.
+
+    The loss of an utterance with too few frames for CTC is 0.
 
     logits: (batch, frames, symbols + 1); frames: (batch,); labels: [(length,) int64], from 1.
     """
@@ -120,7 +122,7 @@ def edit_distances(references, hypotheses):
 
 
 class LinearHead(nn.Module):
-    """A projection and a linear layer, for PR, SID and ER.
+    """Two linear layers, for PR, SID and ER (emotion recognition).
 
     Source: s3prl's downstream/ctc/libriphone.yaml, and UtteranceLevel with MeanPooling.
     """
@@ -131,18 +133,18 @@ class LinearHead(nn.Module):
         self.output = nn.Linear(256, outputs)
 
     def forward(self, x, frames):
-        """x: (..., dim). Returns logits, (..., outputs)."""
+        """x: (..., dim); frames has no effect. Returns logits, (..., outputs)."""
         return self.output(self.projection(x))
 
 
 class PhonemeRecognition:
-    """What probe.evaluate needs of a task. Labels are (length,) tensors of numbers from 1.
+    """What probe.evaluate needs of a task. A label is a (length,) tensor of numbers from 1.
 
-    symbols: label n is symbols[n - 1].
+    symbols: number n stands for symbols[n - 1].
     """
 
     name = "phoneme recognition"
-    metric = "PER"  # sum / sum of what count(references, hypotheses) returns
+    metric = "PER"  # of the two arrays of count(references, hypotheses), sum / sum
     higher_is_better = False
     loss = staticmethod(ctc_loss)
     predict = staticmethod(ctc_greedy)
@@ -175,10 +177,10 @@ def evaluate(args):
 
 
 def evaluate_task(args, task):
-    """The result of args.upstream in a task with transcripts."""
+    """The result of args.upstream in a task whose labels come from transcripts."""
     with runs.one_line_errors():
         if len(args.splits) != 3:
-            raise ValueError(f"--splits {','.join(args.splits)}: give train, dev and test: three")
+            raise ValueError(f"--splits {','.join(args.splits)}: give three: train, dev and test")
         splits = [read_split(args.data, name, task.encode) for name in args.splits]
         upstream = Upstream(args)
     return probe.evaluate(args, task, upstream, *splits)

@@ -21,8 +21,8 @@ import data
 from cache import key
 from superb.upstream import compute_states, load_states, state_numbers
 
-# Settings that may differ when a run resumes. Of paths, what they contain is compared: weights,
-# labels, noise, and of the audio the paths and lengths.
+# Settings that may differ when a run resumes. For files, the content is compared: weights,
+# labels and noise, and for audio the paths and lengths.
 MAY_CHANGE = {"out", "cache", "workers", "log_every"}
 MAY_CHANGE |= {"upstream", "data", "lexicon", "manifest", "noise", "snr"}
 
@@ -56,7 +56,7 @@ def main(parser, evaluate_upstream, arguments):
     """Calls evaluate_upstream(args): once, or for four upstreams with --demo and no --upstream."""
     runs.init()
     with runs.one_line_errors():
-        args = parser.parse_known_args(arguments)[0]
+        args = parser.parse_known_args(arguments)[0]  # --demo changes the defaults
         if runs.WORLD_SIZE > 1:
             raise ValueError("an evaluation is one process: run python in place of torchrun")
         if args.demo:
@@ -97,7 +97,7 @@ class Probe(nn.Module):
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, selects on `dev`, scores on `test`.
 
-    The rates share the batches; on a CPU each gives bit for bit the result that it gives alone.
+    The rates share the batches; on a CPU each result is bit for bit that of a run of one rate.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
     # ------------------------------ set-up
@@ -207,7 +207,7 @@ def evaluate(args, task, upstream, train, dev, test):
     errors, totals = task.count(references, hypotheses)
     value = float(errors.sum() / totals.sum())
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
-    # Per test set, what task.count returns; er.py has several.
+    # Per test set, errors (or correct answers) and totals; er.py has several sets.
     result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
     result["interval"] = np.percentile(bootstrap([result["per_utterance"]]), [2.5, 97.5]).tolist()
     result["test_set"] = key(test.ids, references, test.noise_key)
@@ -243,7 +243,7 @@ def predict(args, task, upstream, probes, split, stop):
 
 
 def bootstrap(seeds):
-    """(4000,) scores of resamplings of seeds and of utterances, with replacement: a bootstrap.
+    """Bootstrap: (4000,) scores of resamplings, with replacement, of seeds and of utterances.
 
     seeds: per seed, a result["per_utterance"]. The draws are the same in every call, so that the
     difference of two upstreams is paired.

@@ -38,8 +38,8 @@ class SpecAugment(nn.Module):
         if not self.training:
             return x
         x = torch.stack([self.warp(one, length) for one, length in zip(x, frames.tolist())])
-        for axis, widest in ((2, 50), (2, 50), (2, 50), (2, 50), (1, 40), (1, 40)):
-            x = mask_along_axis_iid(x, widest, 0.0, axis)
+        for axis, limit in ((2, 50), (2, 50), (2, 50), (2, 50), (1, 40), (1, 40)):
+            x = mask_along_axis_iid(x, limit, 0.0, axis)
         return x
 
     def warp(self, x, frames, window=5):
@@ -58,7 +58,8 @@ class SpecAugment(nn.Module):
 class BiLSTM(nn.Module):
     """A bidirectional LSTM that ignores padding: a second LSTM on reversed utterances.
 
-    Equal to nn.LSTM on a packed sequence, whose backward pass is quadratic in frames on a CPU.
+    Before the padding equal to nn.LSTM on a packed sequence, whose backward pass is quadratic in
+    frames on a CPU.
     """
 
     def __init__(self, dim, hidden):
@@ -99,7 +100,7 @@ class CharacterHead(nn.Module):
 
 
 class SpeechRecognition(PhonemeRecognition):
-    """The task: CTC as for phonemes; labels are numbers of characters, from 1."""
+    """The task; loss, predict and count are those of phonemes. A label: numbers of characters."""
 
     name = "speech recognition"
     metric = "WER"
@@ -119,7 +120,7 @@ class SpeechRecognition(PhonemeRecognition):
         text = " ".join(words).upper()
         unknown = sorted(set(text) - set(CHARACTERS))
         if unknown or not words:
-            raise ValueError(f"characters {''.join(unknown)}" if words else "no words")
+            raise ValueError(f"unknown characters {''.join(unknown)}" if words else "no words")
         return [CHARACTERS.index(character) + 1 for character in text]
 
 

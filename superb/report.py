@@ -84,7 +84,7 @@ def read_rows(folders):
         runs.warn(message)
     ordered = sorted(rows.values(), key=lambda row: row.line_number)
     groups = [row.group for row in ordered]
-    return sorted(ordered, key=lambda row: groups.index(row.group))
+    return sorted(ordered, key=lambda row: (row.group != "", groups.index(row.group)))
 
 
 def tasks_of(rows):
@@ -124,7 +124,7 @@ def score_rows(rows, against=None):
                 value = row.scores[task][0] - base.scores[task][0]
                 differences[row.name].scores[task] = np.array([value, low, high])
                 seeds = min(len(row.results[task]), len(base.results[task]))
-                # One seed decides nothing.
+                # One seed does not show how much training varies.
                 differences[row.name].bold[task] = low * high > 0 and seeds > 1
     return [row for row in differences.values() if row.scores]
 
@@ -161,7 +161,7 @@ def table(rows, differences):
         text += f"| {' | '.join(entries)} |\n"
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
     over = "utterances and seeds" if "seeds" in samples else "utterances"
-    text += f"\nPercent; 95% intervals are over {over}. Test sets: {samples}. "
+    text += f"\nPercent and points; 95% intervals are over {over}. Test sets: {samples}. "
     text += "Bold: the best of a task"
     if differences:
         text += "; differences over several seeds whose interval excludes 0"
@@ -268,11 +268,12 @@ def draw_curves(folders, path):
         lines = [json.loads(line) for line in lines if line.endswith("}")]
         if not lines:
             raise ValueError(f"{folder}/metrics.jsonl: no complete line")
+        home = folder.parent.parent if folder.name.startswith("seed-") else folder.parent
         seed = folder.name.replace("seed-", ", seed ") if folder.name.startswith("seed-") else ""
         names.append(find_row(folder)[0].name + seed)
         for head in [key.removeprefix("l1/") for key in lines[0] if key.startswith("l1/")]:
             teacher, _, layer = head.rpartition(".")
-            beside, _ = find_row(folder.parent.parent / f"teacher-{teacher}")
+            beside, _ = find_row(home / f"teacher-{teacher}")
             teacher = beside.name.removeprefix("teacher: ") if beside.group else teacher
             colour = colours.setdefault(layer, COLOURS[len(colours) % 4])
             style = styles.setdefault(teacher, LINE_STYLES[len(styles) % 4]) if teacher else "-"

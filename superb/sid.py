@@ -69,12 +69,12 @@ def read_table(path, columns):
 
 def read_corpus(root, rows):
     """The data.Corpus of rows (path, ..., place of the line). Raises ValueError."""
-    found = set()
+    seen = set()
     for path, *_, place in rows:
-        if path in found or not os.path.isfile(os.path.join(root, path)):
-            problem = "a second line of" if path in found else "no file"
+        if path in seen or not os.path.isfile(os.path.join(root, path)):
+            problem = "a second line of" if path in seen else "no file"
             raise ValueError(f"{place}: {problem} {os.path.join(root, path)}")
-        found.add(path)
+        seen.add(path)
     lengths, skipped = data.read_lengths(root, [row[0] for row in rows])
     data.check_skipped(skipped, len(rows))
     skipped |= {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
@@ -119,14 +119,14 @@ class MeanHead(LinearHead):
         """x: (batch, frames, dim); frames: (batch,). Returns logits, (batch, classes)."""
         means = []
         for utterance, length in zip(x, frames.tolist()):
-            size = min(self.crop or length, length) if self.training else length
+            size = min(self.crop, length) if self.training and self.crop else length
             start = int(torch.randint(length - size + 1, ()))
             means.append(utterance[start : start + size].mean(0))
         return super().forward(torch.stack(means), frames)
 
 
 class Classification:
-    """A task, as evaluate_pr.PhonemeRecognition; labels are () tensors, the number of a class.
+    """A task, as evaluate_pr.PhonemeRecognition; a label is a () tensor, the number of a class.
 
     crop: the longest crop in training, in frames, or None.
     """
@@ -150,7 +150,7 @@ class Classification:
         return [self.symbols[number]]
 
     def count(self, references, hypotheses):
-        """(1 per correct utterance, 1 per utterance), both (utterances,)."""
+        """(1 if correct, else 0; always 1), two arrays of (utterances,)."""
         correct = [a == b for a, b in zip(references, hypotheses)]
         return np.array(correct, int), np.ones(len(correct), int)
 

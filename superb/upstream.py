@@ -14,7 +14,7 @@ from cache import Cache, file_name, key
 from student import load_student
 from teachers import digest, load_teacher
 
-MAX_SECONDS = 160  # the upstream gets whole utterances
+MAX_SECONDS = 160  # of an utterance, which the upstream gets in one piece
 
 
 class Split(torch.utils.data.Dataset):
@@ -71,6 +71,7 @@ class Split(torch.utils.data.Dataset):
         return self.read(i)
 
     def __getitem__(self, indices):
+        """One batch: per utterance its states or, if they are not computed, its waveform."""
         return [self.load(i) for i in indices]
 
 
@@ -119,13 +120,16 @@ class Upstream:
             self.digest, self.dim = digest(self.encoder), self.encoder.config.dim
             last = self.encoder.config.layers
         named = {"all": list(range(last + 1)), "last": [last]}
-        self.layers = named.get(str(args.states), args.states)
+        self.layers = named[args.states] if isinstance(args.states, str) else args.states
         if not 0 <= min(self.layers) <= max(self.layers) <= last:
             raise ValueError(f"--states {args.states}: {path} has hidden states 0 to {last}")
 
     @torch.no_grad()
     def __call__(self, waveform):
-        """Hidden states of a waveform, (states, frames, dim), in bfloat16 as they are cached."""
+        """Hidden states of a waveform, (states, frames, dim).
+
+        They are in bfloat16 at any precision, so that cached and computed states are equal.
+        """
         waveforms = waveform[None].to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             found = self.encoder(waveforms, layers=self.layers)

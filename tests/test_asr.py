@@ -50,7 +50,7 @@ def test_characters_are_letters_apostrophe_and_blank(tmp_path):
     task = program.SpeechRecognition(8)
     split = evaluate_pr.read_split(str(tmp_path), "dev", task.encode)
     assert split.ids == ["000"] and task.decode(split.labels[0].tolist()) == ["DON'T", "GO"]
-    assert list(split.skipped.values()) == ["characters 24"]
+    assert list(split.skipped.values()) == ["unknown characters 24"]
 
 
 def test_bilstm_equals_that_of_torch_on_a_packed_sequence():

@@ -261,7 +261,7 @@ def test_too_little_shared_memory_is_an_error_at_the_start(monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 3, 64e6))
     data.check_shared_memory(24e6, workers=0)
     data.check_shared_memory(24e6, workers=1)
-    with pytest.raises(ValueError, match="--workers 4 need 192 MB of 64 .*--shm-size"):
+    with pytest.raises(ValueError, match="--workers 4 need 192 MB .*, 64 MB are free.*--shm-size"):
         data.check_shared_memory(24e6, workers=4)
 
 
