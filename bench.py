@@ -29,7 +29,6 @@ PARTS = {  # functions that train.main() calls at every step
     "optimizer": [(torch.optim.AdamW, "step")],
 }
 WARMUP = 2  # steps that are not timed
-ROUNDS = 2
 
 
 def load_teacher(name, device):
@@ -77,11 +76,9 @@ def time_steps(flags):
     ends = [end for part, _, end in times if part == "optimizer"][WARMUP - 1 :]
     steps = []
     for before, after in zip(ends, ends[1:]):
-        seconds = dict.fromkeys(PARTS, 0.0)
-        for part, start, end in times:
-            if before < end <= after:
-                seconds[part] += end - start
-        steps.append([*seconds.values(), after - before - sum(seconds.values())])
+        inside = [(part, end - start) for part, start, end in times if before < end <= after]
+        seconds = [sum(s for p, s in inside if p == part) for part in PARTS]
+        steps.append([*seconds, after - before - sum(seconds)])
     return steps
 
 
@@ -95,13 +92,12 @@ def main(arguments=None):
         args, others = parser.parse_known_args(arguments)
     flags = ["--teachers", ",".join(TEACHERS), "--splits", ".", "--max-seconds", "inf"]
     flags += ["--batch-size", str(len(args.seconds)), "--steps", str(WARMUP + args.steps)]
-    measured = {"step": []}
-    if args.cache:
-        measured["step with cached targets"] = []
+    kinds = ["step", "step with cached targets"] if args.cache else ["step"]
+    measured = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_audio(folder, args.seconds)
-        for number in range(ROUNDS):  # in turn, as a machine's speed varies
-            for kind in measured:
+        for number in range(2):  # in turn, as a machine's speed varies
+            for kind in kinds:
                 cache = [] if kind == "step" else ["--cache", f"{folder}/targets"]
                 place = ["--data", folder, "--out", f"{folder}/{number}{kind}"]
                 measured[kind] += time_steps([*others, *flags, *cache, *place])
