@@ -53,21 +53,6 @@ def test_characters_are_letters_apostrophe_and_blank(tmp_path):
     assert list(split.skipped.values()) == ["unknown characters 24"]
 
 
-def test_bilstm_equals_that_of_torch_on_a_packed_sequence():
-    x, frames = torch.randn(3, 9, 4), torch.tensor([9, 1, 6])
-    lstm = program.BiLSTM(4, 5)
-    packed = torch.nn.LSTM(4, 5, bidirectional=True, batch_first=True)
-    weights = dict(lstm.forwards.state_dict())
-    weights |= {f"{name}_reverse": w for name, w in lstm.backwards.state_dict().items()}
-    packed.load_state_dict(weights)
-    pack = torch.nn.utils.rnn.pack_padded_sequence
-    output, _ = packed(pack(x, frames, batch_first=True, enforce_sorted=False))
-    expected, _ = torch.nn.utils.rnn.pad_packed_sequence(output, batch_first=True)
-    found = lstm(x, frames)
-    for row, length in enumerate(frames.tolist()):
-        torch.testing.assert_close(found[row, :length], expected[row, :length])
-
-
 def test_specaugment_masks_and_warps_in_training_only():
     augment, x, frames = program.SpecAugment(), torch.ones(8, 100, 200), torch.full((8,), 100)
     assert augment.eval()(x, frames) is x
@@ -84,15 +69,3 @@ def test_specaugment_masks_and_warps_in_training_only():
     assert (warped - ramp).abs().max() <= 7 and not torch.equal(warped, ramp)
     assert (warped[1:50] - warped[:49]).mean() == pytest.approx(1, abs=0.1)
     assert torch.equal(augment.warp(ramp[:10], 10), ramp[:10])  # too short
-
-
-def test_dropout_follows_each_lstm_in_training_only():
-    torch.manual_seed(0)
-    head, x, frames = program.CharacterHead(8, 64), torch.randn(2, 20, 8), torch.tensor([20, 20])
-    inputs = []
-    for module in (head.lstms[1], head.characters):
-        module.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
-    head.train()(x, frames)
-    head.eval()(x, frames)
-    zeros = [float((part == 0).float().mean()) for part in inputs]
-    assert all(0.15 < share < 0.25 for share in zeros[:2]) and zeros[2:] == [0, 0]
