@@ -66,15 +66,10 @@ def digest(encoder):
 
 
 def short_names(paths):
-    """A name per teacher: that of the file without its ending, numbered if it occurs again."""
-    names = []
-    for path in paths:
-        name = stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-        number = 1
-        while name in names:
-            number += 1
-            name = f"{stem}-{number}"
-        names.append(name)
+    """A name per teacher: that of the file without its ending; all numbered if two are equal."""
+    names = [os.path.splitext(os.path.basename(os.path.normpath(path)))[0] for path in paths]
+    if len(set(names)) < len(names):
+        names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
     return names
 
 

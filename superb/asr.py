@@ -8,11 +8,9 @@ The same command resumes a run.
 
 import runs
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torchaudio.functional import mask_along_axis_iid
+from torchaudio.transforms import SpecAugment
 
 import probe
 from evaluate_pr import SPLITS, PhonemeRecognition, evaluate_task
@@ -27,44 +25,16 @@ def make_parser():
     return parser
 
 
-class SpecAugment(nn.Module):
-    """In training, warps time by up to 5 frames, then sets dimensions and frames to 0.
-
-    4 masks of up to 49 dimensions, and 2 of up to 39 frames.
-    Source: Park et al. 2019, arXiv:1904.08779; sizes of s3prl's downstream/asr/config.yaml.
-    """
-
-    def forward(self, x, frames):
-        """x: (batch, frames, dim); frames: (batch,). Returns x, warped and masked."""
-        if not self.training:
-            return x
-        x = torch.stack([self.warp(one, length) for one, length in zip(x, frames.tolist())])
-        for axis, limit in ((2, 50), (2, 50), (2, 50), (2, 50), (1, 40), (1, 40)):
-            x = mask_along_axis_iid(x, limit, 0.0, axis)
-        return x
-
-    def warp(self, x, frames, window=5):
-        """Warps the first `frames` of x, (longest frames, dim), around a random one."""
-        if frames <= 2 * window:
-            return x
-        centre = int(torch.randint(window, frames - window, ()))
-        moved = centre + int(torch.randint(1 - window, window + 1, ()))
-        parts = []
-        for part, length in ((x[:centre], moved), (x[centre:frames], frames - moved)):
-            size = (length, x.shape[1])
-            parts.append(F.interpolate(part[None, None], size, mode="bicubic")[0, 0])
-        return torch.cat([*parts, x[frames:]])
-
-
 class CharacterHead(nn.Module):
     """SpecAugment, a projection, two bidirectional LSTMs with dropout, and a linear layer.
 
-    Source: s3prl's downstream/asr: config.yaml and model.py, RNNs.
+    Source: s3prl's downstream/asr: config.yaml and model.py, RNNs; SpecAugment: arXiv:1904.08779.
     """
 
     def __init__(self, dim, hidden=1024):
         super().__init__()
-        self.augment = SpecAugment()
+        # 2 masks of up to 39 frames, and 4 of up to 49 dimensions.
+        self.augment = SpecAugment(2, 40, 4, 50, zero_masking=True)
         self.projection = nn.Linear(dim, hidden)
         self.lstm = nn.LSTM(hidden, hidden, 2, batch_first=True, dropout=0.2, bidirectional=True)
         self.dropout = nn.Dropout(0.2)
@@ -72,7 +42,9 @@ class CharacterHead(nn.Module):
 
     def forward(self, x, frames):
         """x: (batch, frames, dim). Returns logits, (batch, frames, characters + 1)."""
-        x = self.projection(self.augment(x, frames))
+        if self.training:
+            x = self.augment(x.transpose(1, 2)).transpose(1, 2)
+        x = self.projection(x)
         packed = pack_padded_sequence(x, frames, batch_first=True, enforce_sorted=False)
         x, _ = pad_packed_sequence(self.lstm(packed)[0], batch_first=True)
         return self.characters(self.dropout(x))

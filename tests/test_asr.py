@@ -53,19 +53,15 @@ def test_characters_are_letters_apostrophe_and_blank(tmp_path):
     assert list(split.skipped.values()) == ["unknown characters 24"]
 
 
-def test_specaugment_masks_and_warps_in_training_only():
-    augment, x, frames = program.SpecAugment(), torch.ones(8, 100, 200), torch.full((8,), 100)
-    assert augment.eval()(x, frames) is x
-    augment.train()
+def test_specaugment_masks_in_training_only():
     torch.manual_seed(0)
-    masked = augment(x, frames) == 0
+    head, x, frames = program.CharacterHead(200, 8), torch.ones(8, 100, 200), torch.full((8,), 100)
+    inputs = []
+    head.projection.register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    head.train()(x, frames)
+    head.eval()(x, frames)
+    masked = inputs[0] == 0
     rows, columns = masked.all(2).sum(1), masked.all(1).sum(1)  # wholly masked frames, dimensions
     assert 0 < rows.max() <= 2 * 39 and 0 < columns.max() <= 4 * 49
-    assert masked.sum() < masked.numel()
-
-    ramp = torch.arange(60.0)[:, None].expand(60, 3).contiguous()
-    warped = augment.warp(ramp, 50)
-    assert warped.shape == ramp.shape and torch.equal(warped[50:], ramp[50:])
-    assert (warped - ramp).abs().max() <= 7 and not torch.equal(warped, ramp)
-    assert (warped[1:50] - warped[:49]).mean() == pytest.approx(1, abs=0.1)
-    assert torch.equal(augment.warp(ramp[:10], 10), ramp[:10])  # too short
+    assert len(set(rows.tolist())) > 1 and masked.sum() < masked.numel()  # each its own masks
+    assert torch.equal(inputs[1], x)
