@@ -212,7 +212,7 @@ def run(*arguments, cwd, processes=None, **variables):
         env=environment(**variables),
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
 
 
