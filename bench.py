@@ -106,7 +106,7 @@ def main(arguments=None):
     print(f"\n{', '.join(TEACHERS)}; {audio:.1f} s of audio per step")
     for kind, steps in measured.items():
         total = np.median(np.sum(steps, axis=1))
-        print(f"{kind}: {total:.3g} s, {audio / total:.3g} s of audio per second; medians:")
+        print(f"{kind}: {total:.3g} s, {audio / total:.3g} s of audio/s; median of {len(steps)}:")
         for part, median in zip([*PARTS, "rest"], np.median(steps, axis=0)):
             print(f"  {part:10}{median:.3g} s")
 

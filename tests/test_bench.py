@@ -23,7 +23,7 @@ def test_cached_steps_are_timed_in_turn_and_parts_add_up(small, capsys):
     rounds = ["teachers.*", "GB of targets", "teachers.*", "GB of targets"]
     assert re.search("(?s)" + ".*step 4/4.*".join(rounds), printed)
     for kind in ("step", "step with cached targets"):
-        pattern = f"^{kind}: (.*) s, (.*) s of audio per second;.*\n" + "  (\\S+) +(.*) s\n" * 5
+        pattern = f"^{kind}: (.*) s, (.*) s of audio/s; median of 4:\n" + "  (\\S+) +(.*) s\n" * 5
         total, speed, *parts = re.search(pattern, printed, re.M).groups()
         assert parts[::2] == [*bench.PARTS, "rest"]
         seconds = list(map(float, parts[1::2]))
