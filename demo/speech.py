@@ -58,7 +58,7 @@ def prepare():
 
 def train_student(folder, *flags):
     """Path of FOLDER/student.pt; if it is missing or unfinished, train.py --demo is run first."""
-    import train
+    import train  # not above: train.py imports this file
 
     student = f"{folder}/student.pt"
     settings = runs.read_json(f"{folder}/config.json").get("settings", {})

@@ -51,7 +51,7 @@ class CharacterHead(nn.Module):
 
 
 class SpeechRecognition(PhonemeRecognition):
-    """The task; loss, predict and count are those of phonemes. A label: numbers of characters."""
+    """The task; loss, predict, count as for phonemes. Labels: numbers of characters, from 1."""
 
     name = "speech recognition"
     metric = "WER"

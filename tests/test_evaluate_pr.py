@@ -77,12 +77,12 @@ def test_trained_teacher_reads_real_speech_better_than_chance(tmp_path):
 @pytest.mark.slow
 def test_demo_compares_four_upstreams_and_leaves_their_results(whole_demo, tmp_path):
     folder, _ = whole_demo
-    done = run("evaluate_pr.py", "--demo", "--steps", "300", "--out", tmp_path, cwd=folder)
+    done = run("evaluate_pr.py", "--demo", "--out", tmp_path, cwd=folder)
     assert done.returncode == 0, done.stderr
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[-6:-2]]
     scores = {name.strip(): float(score.split()[0].strip("*")) for name, score in rows}
     assert list(scores) == list(speech.ROWS.values())
-    assert max(scores["first teacher"], scores["student"]) < 30 < scores["filter banks"], scores
+    assert max(scores["first teacher"], scores["student"]) < 25 < scores["filter banks"]
 
 
 # ------------------------------------------------------------------ lexicons
