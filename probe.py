@@ -26,6 +26,9 @@ from superb.upstream import compute_states, load_states, state_numbers
 MAY_CHANGE = {"out", "cache", "workers", "log_every"}
 MAY_CHANGE |= {"upstream", "data", "lexicon", "manifest", "noise", "snr"}
 
+# 97.5% quantiles of Student's t, for 2 to 10 seeds.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
 
 def make_parser(description, task, **defaults):
     """The flags that all tasks share. task: sub-folder of --out; defaults: per flag."""
@@ -209,7 +212,7 @@ def evaluate(args, task, upstream, train, dev, test):
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
     # Per test set, errors (or correct answers) and totals; er.py has several sets.
     result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
-    result["interval"] = np.percentile(bootstrap([result["per_utterance"]]), [2.5, 97.5]).tolist()
+    result["interval"] = mean_and_interval([bootstrap(result["per_utterance"])])[1:].tolist()
     result["test_set"] = key(test.ids, references, test.noise_key)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": saved["curves"]}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
@@ -242,27 +245,43 @@ def predict(args, task, upstream, probes, split, stop):
     return [task.decode(label.tolist()) for label in split.labels], hypotheses
 
 
-def bootstrap(seeds):
-    """Bootstrap: (4000,) scores of resamplings, with replacement, of seeds and of utterances.
+def bootstrap(test_sets):
+    """(4001,) scores: of the utterances, and of 4,000 resamplings of them with replacement.
 
-    seeds: per seed, a result["per_utterance"]. The draws are the same in every call, so that the
+    test_sets: a result["per_utterance"]. The draws are the same in every call, so that the
     difference of two upstreams is paired.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
     """
-    scores = 0
-    for test_sets, times_drawn in zip(seeds, draws(len(seeds), 0).T):
-        for stream, counts in enumerate(test_sets, start=1):
-            counts = np.array(counts, np.float32)  # errors and totals
-            errors, totals = counts @ draws(counts.shape[1], stream).T
-            scores = scores + times_drawn * errors / totals / len(test_sets) / len(seeds)
-    return scores
+    scores = []
+    for stream, counts in enumerate(test_sets, start=1):
+        counts = np.array(counts, np.float32)  # errors and totals
+        errors, totals = (counts @ draws(counts.shape[1], stream).T).astype(float)
+        scores.append(errors / totals)
+    return np.mean(scores, axis=0)
 
 
 @functools.cache
 def draws(count, stream, resamples=4000):
-    """(resamples, count) float32: how often each of `count` items is drawn."""
+    """(1 + resamples, count) float32: how often each of `count` items is drawn; first, once."""
     rng = np.random.default_rng(stream)
-    return rng.multinomial(count, np.full(count, 1 / count), resamples).astype(np.float32)
+    drawn = rng.multinomial(count, np.full(count, 1 / count), resamples)
+    return np.concatenate([np.ones((1, count)), drawn]).astype(np.float32)
+
+
+def mean_and_interval(seeds):
+    """(3,): the mean over seeds, and the ends of its 95% interval.
+
+    seeds: bootstrap() of each, or differences of two. The spread of utterances and of seeds are
+    added as independent; that of seeds by Student's t, since two or three of them cannot be
+    resampled. With one seed the interval is over utterances alone.
+    """
+    scores = np.mean(seeds, axis=0)
+    reach = np.percentile(scores, [2.5, 97.5]) - scores[0]
+    if len(seeds) > 1:
+        deviation = np.std([seed[0] for seed in seeds], ddof=1) / math.sqrt(len(seeds))
+        t = STUDENT_T[min(len(seeds), len(STUDENT_T) + 1) - 2]
+        reach = [-1, 1] * np.hypot(reach, t * deviation)
+    return scores[0] + np.array([0, *reach])
 
 
 def write_result(args, result):

@@ -96,7 +96,7 @@ def evaluate(args):
     result = {name: results[0][name] for name in ("task", "metric", "upstream", "noise", "torch")}
     result["accuracy"] = float(np.mean(accuracies))
     counts = result["per_utterance"] = sum([fold["per_utterance"] for fold in results], [])
-    result["interval"] = np.percentile(probe.bootstrap([counts]), [2.5, 97.5]).tolist()
+    result["interval"] = probe.mean_and_interval([probe.bootstrap(counts)])[1:].tolist()
     result["test_set"] = key([fold["test_set"] for fold in results])
     result["deviation"] = float(np.std(accuracies, ddof=1))
     result["folds"] = dict(zip(folds, accuracies))

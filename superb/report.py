@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from probe import bootstrap
+from probe import bootstrap, mean_and_interval
 
 TASKS = {
     "phoneme recognition": "PR (PER, ↓)",
@@ -105,27 +105,26 @@ def score_rows(rows, against=None):
         raise ValueError(f"--against {against}: no such row; there are {names}")
     differences = {row.name: Row(row.name, f"difference from {against}") for row in rows}
     for task in tasks_of(rows):
-        resampled, test_sets = {}, set()
+        samples, test_sets = {}, set()  # {row: {seed: bootstrap of the seed}}
         rows_of_task = [row for row in rows if task in row.results]
         for row in rows_of_task:
-            results = [result for _, result in sorted(row.results[task].items())]
-            resampled[row.name] = bootstrap([result["per_utterance"] for result in results])
-            mean = np.mean([result[result["metric"].lower()] for result in results])
-            row.scores[task] = np.array([mean, *np.percentile(resampled[row.name], [2.5, 97.5])])
-            test_sets |= {result["test_set"] for result in results}
+            results = row.results[task].items()
+            samples[row] = {seed: bootstrap(result["per_utterance"]) for seed, result in results}
+            row.scores[task] = mean_and_interval(list(samples[row].values()))
+            test_sets |= {result["test_set"] for _, result in results}
         if len(test_sets) > 1:
             problem = "tested on different utterances or noise; report them separately"
             raise ValueError(f"{task}: {problem}")
         best = (max if "↑" in task else min)(row.scores[task][0] for row in rows_of_task)
         for row in rows_of_task:
             row.bold[task] = row.scores[task][0] == best
-            if base in rows_of_task and row is not base:
-                low, high = np.percentile(resampled[row.name] - resampled[against], [2.5, 97.5])
-                value = row.scores[task][0] - base.scores[task][0]
+            seeds = samples[row].keys() & samples.get(base, {}).keys()
+            if row is not base and seeds:
+                paired = [samples[row][seed] - samples[base][seed] for seed in sorted(seeds)]
+                value, low, high = mean_and_interval(paired)
                 differences[row.name].scores[task] = np.array([value, low, high])
-                seeds = min(len(row.results[task]), len(base.results[task]))
                 # One seed does not show how much training varies.
-                differences[row.name].bold[task] = low * high > 0 and seeds > 1
+                differences[row.name].bold[task] = low * high > 0 and len(seeds) > 1
     return [row for row in differences.values() if row.scores]
 
 
@@ -160,11 +159,11 @@ def table(rows, differences):
         entries = [entry.ljust(width) for entry, width in zip(line, widths)]
         text += f"| {' | '.join(entries)} |\n"
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
-    over = "utterances and seeds" if "seeds" in samples else "utterances"
+    over = "utterances and, of several seeds, over seeds" if "seeds" in samples else "utterances"
     text += f"\nPercent and points; 95% intervals are over {over}. Test sets: {samples}. "
     text += "Bold: the best of a task"
     if differences:
-        text += "; differences over several seeds whose interval excludes 0"
+        text += "; differences, over the seeds of both rows, whose interval excludes 0"
     return f"{text}.\n"
 
 

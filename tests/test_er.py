@@ -64,8 +64,8 @@ def test_score_is_the_mean_over_held_out_folds(finished):
         correct = [int(a == b) for a, b in zip(*map(dict.values, texts), strict=True)]
         assert (errors, totals) == (correct, [1] * 12)
         assert result["folds"][fold] == pytest.approx(np.mean(correct))
-    scores = probe.bootstrap([result["per_utterance"]])
-    assert result["interval"] == np.percentile(scores, [2.5, 97.5]).tolist()
+    scores = probe.bootstrap(result["per_utterance"])
+    assert result["interval"] == pytest.approx(np.percentile(scores, [2.5, 97.5]))
     assert result["counts"]["test"]["utterances"] == 36 and len(result["layer_weights"]) == 3
 
 
