@@ -28,8 +28,10 @@ def file_name(corpus, i):
         size = os.fstat(file.fileno()).st_size
         file.seek(size // 2)
         content = hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:8]
-    name = corpus.paths[i].lstrip("/").replace("..", "__")  # stays inside the folder
-    return f"{name}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
+    folder, name = os.path.split(corpus.paths[i].lstrip("/").replace("..", "__"))  # stays inside
+    if len(os.fsencode(name)) > 150:  # names may have 255 bytes
+        name = key(name)
+    return f"{os.path.join(folder, name)}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
 
 
 class Cache:
@@ -41,13 +43,21 @@ class Cache:
     def path(self, i):
         return os.path.join(self.folder, file_name(self.corpus, i))
 
+    def load(self, i):
+        """What compute(i) returned. A damaged file is deleted, so that the next run repairs it."""
+        try:
+            return runs.load(self.path(i))
+        except ValueError:
+            os.remove(self.path(i))
+            raise
+
     def crop(self, i, start, samples):
         """The quantized targets of a crop of utterance i, from sample `start`, a multiple of 320.
 
         Convolutions without padding keep frames and samples aligned: the crop that starts at
         sample 320 * n has the frames from n on. They are computed from the whole utterance.
         """
-        targets = runs.load(self.path(i))
+        targets = self.load(i)
         frames = (samples - data.MIN_SAMPLES) // data.FRAME_SAMPLES + 1
         values = targets["values"][start // data.FRAME_SAMPLES :][:frames]
         return {"values": values, "scale": targets["scale"]}

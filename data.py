@@ -202,7 +202,7 @@ class Noise:
             noise = noise.roll(int(rng.integers(length)))
             noise = noise.repeat(-(-len(waveform) // length))[: len(waveform)]
         snr = torch.tensor(rng.uniform(*self.snr))
-        if not noise.any():
+        if not noise.square().sum():  # silent, or so faint that its energy is 0 in float32
             return waveform
         return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype)
 
@@ -247,7 +247,7 @@ def check_shared_memory(batch_bytes, workers):
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else math.inf
     if needed > free:
         sizes = f"{needed / 1e6:.0f} MB in /dev/shm, {free / 1e6:.0f} MB are free"
-        remedy = "use fewer, or docker run --shm-size=2g"
+        remedy = f"use fewer, or docker run --shm-size={needed / 1e6 + 64:.0f}m"
         raise ValueError(f"--workers {workers} need {sizes}; {remedy}")
 
 
@@ -255,7 +255,12 @@ def check_shared_memory(batch_bytes, workers):
 
 
 def resampled_length(samples, rate):
-    """Length at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample returns it."""
+    """Length at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample returns it.
+
+    Raises ValueError for rates whose resampling filter would take gigabytes, such as 11127 Hz.
+    """
+    if math.gcd(rate, SAMPLE_RATE) < 25:
+        raise ValueError(f"a rate of {rate} Hz: resample it to 16000")
     return -(-samples * SAMPLE_RATE // rate)
 
 
@@ -275,14 +280,16 @@ def read_audio(path, start=0, samples=None, file_samples=None):
         if samples is None:
             samples = length - start
         divisor = math.gcd(rate, SAMPLE_RATE)
-        if divisor < 25:
-            raise ValueError(f"a rate of {rate} Hz: its resampling filter takes gigabytes")
         # Resampling maps blocks of `down` samples to blocks of `up`; ten hold the whole filter.
         up, down = SAMPLE_RATE // divisor, rate // divisor
         margin = 0 if rate == SAMPLE_RATE else 10
         first = max(0, start // up - margin)
         last = (start + samples) // up + 1 + margin
-        file.seek(min(first * down, file.frames))
+        offset = min(first * down, file.frames)
+        if file.seekable():
+            file.seek(offset)
+        else:  # such as GSM 6.10, whose frames can only be read in order
+            file.read(offset)
         audio = file.read((last - first) * down, dtype="float32", always_2d=True)
     audio = torch.from_numpy(audio.mean(axis=1))
     if rate != SAMPLE_RATE and len(audio):

@@ -231,7 +231,7 @@ def save(path, content, keep_previous=False):
     keep_previous: for checkpoints, which survive a power cut too: the file that had the name
         before becomes PATH.old. Raises OSError.
     """
-    partial = f"{path}.{os.getpid()}.partial"
+    partial = f"{path}.{os.urandom(4).hex()}.partial"  # PIDs of two containers can be equal
     try:
         with open(partial, "wb") as file:
             if isinstance(content, str):

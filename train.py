@@ -156,7 +156,8 @@ def main(arguments=None):
     with runs.one_line_errors():
         if len(set(starts)) > 1:
             raise ValueError(f"{args.out}: different checkpoints per process; use a shared folder")
-        corpus = data.read_manifest(manifest, args.data)
+        root = data.read_manifest(args.data).root if args.data.endswith(".tsv") else args.data
+        corpus = data.read_manifest(manifest, root)
         names = short_names(args.teachers)
         teachers = [load_teacher(path, device) for path in args.teachers]
         check_frames(teachers, names)

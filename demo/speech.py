@@ -61,8 +61,10 @@ def train_student(folder, *flags):
     import train  # not above: train.py imports this file
 
     student = f"{folder}/student.pt"
-    settings = runs.read_json(f"{folder}/config.json").get("settings", {})
-    if not os.path.exists(student) or runs.load(student)["step"] != settings["steps"]:
+    with runs.one_line_errors():
+        settings = runs.read_json(f"{folder}/config.json").get("settings", {})
+        finished = os.path.exists(student) and runs.load(student)["step"] == settings["steps"]
+    if not finished:
         print(f"demo: {student} is not finished, running train.py --demo", flush=True)
         train.main(["--demo", "--out", folder, *flags])
     return student

@@ -19,7 +19,7 @@ CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's
 
 
 def make_parser():
-    parser = probe.make_parser(__doc__, "asr", steps=200_000, eval_every=2000)
+    parser = probe.make_parser(__doc__, "asr", steps=200_000, batch_size=16, eval_every=2000)
     parser.add_argument("--splits", type=runs.names, default=SPLITS, help="train, dev and test")
     parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
     return parser

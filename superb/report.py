@@ -24,7 +24,6 @@ TASKS = {
     "speech recognition": "ASR (WER, ↓)",
 }
 BLUE, LIGHT_GREY = "#1f6feb", "#d0d7de"
-COLOURS = (BLUE, "#d1701a", "#1a7f37", "#8250df")
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -274,7 +273,7 @@ def draw_curves(folders, path):
             teacher, _, layer = head.rpartition(".")
             beside, _ = find_row(home / f"teacher-{teacher}")
             teacher = beside.name.removeprefix("teacher: ") if beside.group else teacher
-            colour = colours.setdefault(layer, COLOURS[len(colours) % 4])
+            colour = colours.setdefault(layer, f"C{len(colours)}")
             style = styles.setdefault(teacher, LINE_STYLES[len(styles) % 4]) if teacher else "-"
             losses = [line[f"l1/{head}"] + line[f"cosine/{head}"] for line in lines]
             panel.plot([line["step"] for line in lines], losses, color=colour, linestyle=style)

@@ -48,11 +48,16 @@ train=(python)
 train+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
 failed=()
 
-trap 'exit 130' INT  # after Ctrl-C, torchrun's own exit code is 1
+child=
+stop() { kill $child; wait $child; exit "$1"; }  # the running program saves its state
+trap 'stop 130' INT
+trap 'stop 143' TERM
 
 part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME.log
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
-    "${@:2}" >>"$log" 2>&1 && echo "$name: $((SECONDS - start)) s" && return
+    "${@:2}" >>"$log" 2>&1 &    # in the background, so that bash handles signals meanwhile
+    child=$!
+    wait "$child" && echo "$name: $((SECONDS - start)) s" && return
     code=$?
     ((code == 130 || code == 143)) && exit $code    # Ctrl-C, SIGTERM
     failed+=("$name")
@@ -68,7 +73,7 @@ evaluate() {  # evaluate TASK FLAGS...
         er) data=(--data "$IEMOCAP") ;;
     esac
     [[ ${data[1]} == *.csv ]] && data[0]=--manifest
-    python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:2}"  # ${!more}: $PR, $SID ...
+    exec python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:2}"  # ${!more}: $PR, $SID ...
 }
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...

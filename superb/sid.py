@@ -25,7 +25,7 @@ SPLIT_NAMES = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_spl
 
 
 def make_parser():
-    defaults = {"data": "data/VoxCeleb1", "steps": 200_000, "eval_every": 4000}
+    defaults = {"data": "data/VoxCeleb1", "steps": 200_000, "eval_every": 5000}
     parser = probe.make_parser(__doc__, "sid", **defaults)
     about = "a .csv of path,label,split (train, dev or test); paths are relative to its folder"
     parser.add_argument("--manifest", help=about)

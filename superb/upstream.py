@@ -67,7 +67,7 @@ class Split(torch.utils.data.Dataset):
             return self.memory[self.memory_key(i)]
         if self.cache:
             with contextlib.suppress(OSError, ValueError):  # missing or damaged: computed again
-                return runs.load(self.cache.path(i))
+                return self.cache.load(i)
         return self.read(i)
 
     def __getitem__(self, indices):
@@ -150,16 +150,20 @@ def compute_states(args, upstream, splits, stop):
     args: cache, batch_size and workers are used.
     """
     frame_bytes = 2 * len(upstream.layers) * upstream.dim  # bfloat16
-    missing = {}  # {(split, utterance): bytes}
+    sizes_of, missing = {}, {}  # {split: [bytes]}, {(split, utterance): bytes}
     for split in splits:
+        lengths = split.corpus.samples.tolist()
+        sizes_of[split] = [frame_bytes * upstream.encoder.frames(length) for length in lengths]
+        if args.cache:
+            batch_bytes = args.batch_size * max(sizes_of[split])
+            data.check_shared_memory(batch_bytes, args.workers)
+    for split, sizes in sizes_of.items():
         split.memory = upstream.memory
-        sizes = [frame_bytes * upstream.encoder.frames(n) for n in split.corpus.samples.tolist()]
         if args.cache:
             name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
             split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
             label = f"states of {split.name}"
             split.cache.fill(lambda i, s=split: upstream(s.read(i)).cpu(), sizes, label, stop)
-            data.check_shared_memory(args.batch_size * max(sizes), args.workers)
         else:
             for i, size in enumerate(sizes):
                 if split.memory_key(i) not in upstream.memory:

@@ -42,6 +42,17 @@ def test_audio_of_any_format_and_rate_is_found_and_measured(tmp_path):
     assert [len(found.read(i)) for i in range(6)] == found.samples.tolist()
 
 
+def test_formats_without_seeking_are_read_from_any_sample(tmp_path):
+    sound = np.sin(np.arange(48000) / 20) / 2
+    soundfile.write(tmp_path / "phone.wav", sound, 8000, subtype="GSM610")
+    found = find_corpus(tmp_path, ["."])
+    whole = found.read(0)
+    assert torch.allclose(found.read(0, 40000, 9000), whole[40000:49000], atol=1e-5)
+    soundfile.write(tmp_path / "odd.wav", sound, 11127)
+    with pytest.raises(ValueError, match="odd.wav: cannot be read: a rate of 11127 Hz"):
+        find_corpus(tmp_path, ["."])
+
+
 def test_dot_files_are_ignored_and_formats_that_cannot_be_read_are_counted(tmp_path, capsys):
     write_audio(tmp_path, [5000])
     (tmp_path / "._000.flac").write_bytes(b"\0\5\x16\7 AppleDouble")
@@ -363,5 +374,6 @@ def test_a_folder_without_noise_is_an_error_and_silence_adds_nothing(tmp_path):
         data.Noise(tmp_path, [5])
     with pytest.raises(ValueError, match=r"--snr \[9, 5\]"):
         data.Noise(tmp_path, [9, 5])
-    soundfile.write(tmp_path / "silent.wav", np.zeros(5000), 16000)
-    assert torch.equal(data.Noise(tmp_path, [5, 5]).mix(torch.ones(800), 1), torch.ones(800))
+    for level in (0.0, 1e-23):  # the square of 1e-23 is 0 in float32
+        soundfile.write(tmp_path / "silent.wav", np.full(5000, level), 16000, subtype="FLOAT")
+        assert torch.equal(data.Noise(tmp_path, [5, 5]).mix(torch.ones(800), 1), torch.ones(800))

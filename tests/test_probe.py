@@ -428,7 +428,8 @@ def test_audio_that_cannot_be_used_is_named_in_one_line(
 def test_defaults_are_those_of_superb(task, steps, lr, capsys):
     program = importlib.import_module("evaluate_pr" if task == "pr" else f"superb.{task}")
     args = program.make_parser().parse_args([])
-    assert (args.task, args.steps, args.batch_size, args.lr) == (task, steps, 32, [lr])
+    assert (args.task, args.steps, args.lr) == (task, steps, [lr])
+    assert args.batch_size == (16 if task == "asr" else 32)  # s3prl halves the batches of ASR
     assert getattr(args, "crop", 8.0) == 8.0 and getattr(args, "hidden", 1024) == 1024
     with pytest.raises(SystemExit):
         program.make_parser().parse_args(["--help"])

@@ -1,10 +1,13 @@
 """superb/reproduce.sh as a user runs it: every row, resumed, failures named."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
 from conftest import ROOT, environment
 
 DEMO = {"STEPS": "2", "TASKS": "sid", "SID": "--steps 4", "ROWS": "", "OUT": "out"}
@@ -12,16 +15,24 @@ DEMO |= {"TEACHERS": f"{ROOT}/demo/hubert.pt,{ROOT}/demo/wavlm.pt", "NAMES": "Hu
 DEMO |= {"CACHE": "cache"}
 
 
-def reproduce(folder, *flags, **settings):
-    """The finished script, started in `folder`."""
+def start(folder, *flags, **settings):
+    """The script, started in `folder`."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    return subprocess.run(
+    return subprocess.Popen(
         ["bash", str(ROOT / "superb/reproduce.sh"), *flags],
         cwd=folder,
         env=environment(PATH=path, PROCESSES="1", **settings),
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def reproduce(folder, *flags, **settings):
+    """The finished script."""
+    process = start(folder, *flags, **settings)
+    printed, errors = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, printed, errors)
 
 
 def test_what_it_cannot_run_is_one_line(tmp_path):
@@ -38,6 +49,23 @@ def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tm
         line = done.stderr.split(f"{part} failed")[1].splitlines()[0]
         assert "nowhere" in line and log in line and (tmp_path / log).exists()
     assert done.returncode == 1 and "untrained/seed-0/sid" not in done.stderr  # has no student
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(corpus, tmp_path, number):
+    settings = {"DATA": str(corpus), "TEACHERS": f"{ROOT}/demo/hubert.pt", "NAMES": "HuBERT"}
+    settings |= {"HEADS": "2", "ROWS": "avg", "TASKS": "", "OUT": "out", "STEPS": "100000"}
+    flags = "--splits train-clean-100 --batch-size 2 --log-every 1 --workers 0"
+    process = start(tmp_path, TRAIN=flags, **settings)
+    log = tmp_path / "out/logs/avg.seed-0.log"
+    while process.poll() is None and not (log.exists() and "step 2/" in log.read_text()):
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    steps = log.read_text().count("loss ")
+    saved = torch.load(tmp_path / "out/avg/seed-0/last.pt", weights_only=True)
+    assert process.returncode == 128 + number and errors == ""
+    assert saved["step"] == steps >= 2  # it has ended: one line per step
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import runs
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,12 +149,16 @@ def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, 
     assert [runs.load(filled.path(i))[0] for i in range(len(small))] == computed
 
 
-def test_paths_of_a_manifest_stay_inside_the_cache(tmp_path):
+def test_paths_in_the_cache_stay_inside_and_have_names_that_fit(tmp_path):
     paths = [str(write_audio(tmp_path / "audio", [4000])[0]), "../audio/000.flac"]
+    paths.append(f"../audio/{'语' * 80}.flac")
+    shutil.copy(paths[0], tmp_path / "audio" / paths[2][9:])
     (tmp_path / "list").mkdir()
-    corpus = data.Corpus(f"{tmp_path}/list", paths, [0, 0], [9, 9])
+    corpus = data.Corpus(f"{tmp_path}/list", paths, [0] * 3, [9] * 3)
     inside = cache.Cache(f"{tmp_path}/cache", corpus)
-    for i in range(2):
+    inside.fill(lambda i: torch.tensor(i), [1] * 3, "numbers", NoSignal())
+    assert [int(inside.load(i)) for i in range(3)] == [0, 1, 2]
+    for i in range(3):
         assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/cache/")
 
 

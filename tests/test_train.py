@@ -192,6 +192,9 @@ def test_a_damaged_target_counts_as_an_unreadable_utterance(job, tmp_path, capsy
     distil(job, tmp_path / "damaged", **settings)
     warnings = capsys.readouterr().err
     assert warnings.count("skipped 007.flac") == warnings.count("\n") == 1
+    calls = count_teacher_calls(monkeypatch)
+    distil(job, tmp_path / "next", **settings)  # computes it again
+    assert len(calls) == 3 and not capsys.readouterr().err
 
 
 def test_a_disk_without_room_is_an_error_before_the_teachers_run(
@@ -382,6 +385,9 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     lines = (tmp_path / "out/manifest.tsv").read_text().splitlines()
     settings["data"] = tmp_path / "list.tsv"
     settings["data"].write_text("\n".join(lines))
+    assert_equal_student(distil(job, tmp_path / "list", **settings), expected)
+    os.replace(tmp_path / "audio", tmp_path / "moved")
+    settings["data"].write_text("\n".join([str(tmp_path / "moved"), *lines[1:]]))
     assert_equal_student(distil(job, tmp_path / "list", **settings), expected)
     settings["data"].write_text("\n".join(lines[:-1]))
     assert "lines of --data was" in refusal(capsys, flags(job, tmp_path / "list", **settings))
