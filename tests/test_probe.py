@@ -245,6 +245,17 @@ def test_finished_run_prints_its_result_and_changes_nothing(corpus, whole, capsy
     assert result["interval"][0] <= result["per"] <= result["interval"][1]
 
 
+def test_too_little_shared_memory_is_an_error_before_states_are_computed(
+    corpus, tmp_path, capsys, monkeypatch
+):
+    disk = shutil.disk_usage
+    small = shutil._ntuple_diskusage(9, 3, 64000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda x: small if x == "/dev/shm" else disk(x))
+    more = {"cache": tmp_path / "cache", "workers": 1}
+    line = refused(capsys, evaluate_pr, flags(corpus, tmp_path / "out", **more))
+    assert "/dev/shm" in line and "--shm-size=" in line and not list(tmp_path.rglob("cache/*/*"))
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_upstreams_and_data_are_refused(
     corpus, whole, upstreams, tmp_path, capsys, finished
