@@ -3,6 +3,7 @@
 import runs
 from runs import RANK, WORLD_SIZE
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,8 +48,10 @@ class Cache:
         """What compute(i) returned. A damaged file is deleted, so that the next run repairs it."""
         try:
             return runs.load(self.path(i))
-        except ValueError:
-            os.remove(self.path(i))
+        except ValueError as error:
+            if not isinstance(error.__cause__, (OSError, MemoryError)):  # those may pass
+                with contextlib.suppress(OSError):
+                    os.remove(self.path(i))
             raise
 
     def crop(self, i, start, samples):

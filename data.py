@@ -257,7 +257,8 @@ def check_shared_memory(batch_bytes, workers):
 def resampled_length(samples, rate):
     """Length at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample returns it.
 
-    Raises ValueError for rates whose resampling filter would take gigabytes, such as 11127 Hz.
+    Raises ValueError for rates that share no divisor from 25 with 16000: the resampling filter of
+    some, such as 11127 Hz, takes gigabytes.
     """
     if math.gcd(rate, SAMPLE_RATE) < 25:
         raise ValueError(f"a rate of {rate} Hz: resample it to 16000")

@@ -271,9 +271,10 @@ def draws(count, stream, resamples=4000):
 def mean_and_interval(seeds):
     """(3,): the mean over seeds, and the ends of its 95% interval.
 
-    seeds: bootstrap() of each, or differences of two. The spread of utterances and of seeds are
-    added as independent; that of seeds by Student's t, since two or three of them cannot be
-    resampled. With one seed the interval is over utterances alone.
+    seeds: bootstrap() of each, or differences of two. The spreads over utterances and over seeds
+    are added as if independent (what varies with both counts twice, so that the interval is
+    rather too wide); that over seeds by Student's t, since two or three cannot be resampled.
+    With one seed the interval is over utterances alone.
     """
     scores = np.mean(seeds, axis=0)
     reach = np.percentile(scores, [2.5, 97.5]) - scores[0]

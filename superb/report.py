@@ -109,7 +109,8 @@ def score_rows(rows, against=None):
         for row in rows_of_task:
             results = row.results[task].items()
             samples[row] = {seed: bootstrap(result["per_utterance"]) for seed, result in results}
-            row.scores[task] = mean_and_interval(list(samples[row].values()))
+            found = mean_and_interval(list(samples[row].values()))
+            row.scores[task] = np.clip(found, 0, 1 if "↑" in task else None)
             test_sets |= {result["test_set"] for _, result in results}
         if len(test_sets) > 1:
             problem = "tested on different utterances or noise; report them separately"
@@ -162,7 +163,8 @@ def table(rows, differences):
     text += f"\nPercent and points; 95% intervals are over {over}. Test sets: {samples}. "
     text += "Bold: the best of a task"
     if differences:
-        text += "; differences, over the seeds of both rows, whose interval excludes 0"
+        text += "; differences whose interval excludes 0, of two or more seeds. "
+        text += "Differences are over the seeds that both rows have"
     return f"{text}.\n"
 
 

@@ -48,16 +48,20 @@ train=(python)
 train+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
 failed=()
 
-child=
-stop() { kill $child; wait $child; exit "$1"; }  # the running program saves its state
+stop() {  # the running program saves its state
+    local running
+    running=$(jobs -pr)
+    [ -z "$running" ] || kill $running
+    wait
+    exit "$1"
+}
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
 part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME.log
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
     "${@:2}" >>"$log" 2>&1 &    # in the background, so that bash handles signals meanwhile
-    child=$!
-    wait "$child" && echo "$name: $((SECONDS - start)) s" && return
+    wait $! && echo "$name: $((SECONDS - start)) s" && return
     code=$?
     ((code == 130 || code == 143)) && exit $code    # Ctrl-C, SIGTERM
     failed+=("$name")

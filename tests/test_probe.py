@@ -352,6 +352,8 @@ def test_interval_over_seeds_is_that_of_students_t():
     seeds = [probe.bootstrap([[[errors] * 50, [10] * 50]]) for errors in (1, 2)]
     interval = np.array([0.15, 0.15 - 12.706 * 0.05, 0.15 + 12.706 * 0.05])
     assert probe.mean_and_interval(seeds) == approx(interval)
+    varied = probe.bootstrap([[[0] * 50 + [1] * 50, [1] * 100]])  # equal seeds: utterances alone
+    assert probe.mean_and_interval([varied, varied]) == approx(probe.mean_and_interval([varied]))
     # Of three seeds, with utterances that vary, it holds the true 0.5 in about 95% of 200 draws.
     rng = np.random.default_rng(0)
     inside = 0

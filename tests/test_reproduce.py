@@ -1,5 +1,6 @@
 """superb/reproduce.sh as a user runs it: every row, resumed, failures named."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,8 @@ def start(folder, *flags, **settings):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -58,10 +61,14 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(corpus, 
     flags = "--splits train-clean-100 --batch-size 2 --log-every 1 --workers 0"
     process = start(tmp_path, TRAIN=flags, **settings)
     log = tmp_path / "out/logs/avg.seed-0.log"
-    while process.poll() is None and not (log.exists() and "step 2/" in log.read_text()):
-        time.sleep(0.1)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        while process.poll() is None and not (log.exists() and "step 2/" in log.read_text()):
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
     steps = log.read_text().count("loss ")
     saved = torch.load(tmp_path / "out/avg/seed-0/last.pt", weights_only=True)
     assert process.returncode == 128 + number and errors == ""
