@@ -296,7 +296,7 @@ def lock(folder):
         remedy = "wait until it ends, or choose another --out"
         raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
     for name in os.listdir(folder):
-        if name.endswith(".partial"):  # of a process that was killed
+        if name.endswith(".partial"):  # left by a killed run
             os.remove(os.path.join(folder, name))
 
 

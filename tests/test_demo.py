@@ -34,6 +34,15 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
 
 
+def test_a_damaged_student_is_one_line(tmp_path, capsys):
+    (tmp_path / "student.pt").write_bytes(b"damaged")
+    (tmp_path / "config.json").write_text('{"settings": {"steps": 1}}')
+    with pytest.raises(SystemExit) as end:
+        speech.train_student(tmp_path)
+    errors = capsys.readouterr().err
+    assert end.value.code == 2 and errors.count("\n") == 1 and "student.pt: damaged" in errors
+
+
 def test_a_sentence_sounds_as_it_did_when_the_teachers_were_trained():
     voices, rooms, rng = speech.make_voices("dev-clean", 8, 3)
     audio, sounds = speech.synthesise(["SHE", "MOON"], voices[2], rng)

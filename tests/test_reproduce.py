@@ -54,13 +54,19 @@ def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tm
     assert done.returncode == 1 and "untrained/seed-0/sid" not in done.stderr  # has no student
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(corpus, tmp_path, number):
+@pytest.mark.parametrize(
+    "number, part", [(signal.SIGTERM, "avg/seed-0"), (signal.SIGINT, "fbank/seed-0/pr")]
+)
+def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
+    corpus, tmp_path, number, part
+):
     settings = {"DATA": str(corpus), "TEACHERS": f"{ROOT}/demo/hubert.pt", "NAMES": "HuBERT"}
-    settings |= {"HEADS": "2", "ROWS": "avg", "TASKS": "", "OUT": "out", "STEPS": "100000"}
-    flags = "--splits train-clean-100 --batch-size 2 --log-every 1 --workers 0"
-    process = start(tmp_path, TRAIN=flags, **settings)
-    log = tmp_path / "out/logs/avg.seed-0.log"
+    settings |= {"LEXICON": f"{corpus}/lexicon.txt", "HEADS": "2", "STEPS": "100000", "OUT": "out"}
+    settings |= {"ROWS": part.split("/")[0], "TASKS": "pr" if part.endswith("pr") else ""}
+    flags = "--batch-size 2 --log-every 1 --workers 0"
+    settings |= {"TRAIN": f"--splits train-clean-100 {flags}", "PR": f"--steps 100000 {flags}"}
+    process = start(tmp_path, **settings)
+    log = tmp_path / f"out/logs/{part.replace('/', '.')}.log"
     try:
         while process.poll() is None and not (log.exists() and "step 2/" in log.read_text()):
             time.sleep(0.1)
@@ -70,7 +76,7 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(corpus, 
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     steps = log.read_text().count("loss ")
-    saved = torch.load(tmp_path / "out/avg/seed-0/last.pt", weights_only=True)
+    saved = torch.load(tmp_path / "out" / part / "last.pt", weights_only=True)
     assert process.returncode == 128 + number and errors == ""
     assert saved["step"] == steps >= 2  # it has ended: one line per step
 

@@ -162,6 +162,34 @@ def test_paths_in_the_cache_stay_inside_and_have_names_that_fit(tmp_path):
         assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/cache/")
 
 
+def test_a_damaged_file_of_the_cache_is_deleted_but_not_one_that_the_disk_fails_to_read(
+    small, tmp_path, monkeypatch
+):
+    filled = cache.Cache(str(tmp_path / "c"), small)
+    filled.fill(lambda i: torch.tensor(i), [8] * len(small), "numbers", NoSignal())
+    with monkeypatch.context() as patch, pytest.raises(ValueError):
+        patch.setattr(torch, "load", lambda *args, **more: open("/proc/self/mem", "rb").read(1))
+        filled.load(0)  # address 0 cannot be read: OSError
+    assert int(filled.load(0)) == 0
+    with open(filled.path(0), "w"):
+        pass
+    with pytest.raises(ValueError, match="damaged"):
+        filled.load(0)
+    assert filled.is_missing(0) and not filled.is_missing(1)
+
+
+def test_two_containers_can_save_one_file_at_a_time(tmp_path, monkeypatch):
+    path, save = str(tmp_path / "x.pt"), torch.save
+
+    def save_twice(content, file):
+        runs.save(path, "of another process with the same number")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", save_twice)
+    runs.save(path, torch.tensor(5))
+    assert int(runs.load(path)) == 5 and os.listdir(tmp_path) == ["x.pt"]
+
+
 def test_cached_targets_are_those_of_the_crop(small, tmp_path):
     filled = cache.Cache(str(tmp_path / "c"), small)
 
