@@ -45,11 +45,11 @@ class Cache:
         return os.path.join(self.folder, file_name(self.corpus, i))
 
     def load(self, i):
-        """What compute(i) returned. A damaged file is deleted, so that the next run repairs it."""
+        """The tensors of utterance i. A damaged file is deleted: the next run computes it again."""
         try:
             return runs.load(self.path(i))
         except ValueError as error:
-            if not isinstance(error.__cause__, (OSError, MemoryError)):  # those may pass
+            if not isinstance(error.__cause__, (OSError, MemoryError)):  # may be temporary
                 with contextlib.suppress(OSError):
                     os.remove(self.path(i))
             raise

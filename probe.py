@@ -245,15 +245,15 @@ def predict(args, task, upstream, probes, split, stop):
     return [task.decode(label.tolist()) for label in split.labels], hypotheses
 
 
-def bootstrap(test_sets):
-    """(4001,) scores: of the utterances, and of 4,000 resamplings of them with replacement.
+def bootstrap(per_utterance):
+    """(4001,) scores: of the utterances, and of 4,000 bootstrap resamples of them.
 
-    test_sets: a result["per_utterance"]. The draws are the same in every call, so that the
-    difference of two upstreams is paired.
+    per_utterance: of a result; several test sets are averaged. The draws are the same in every
+    call, so that the difference of two upstreams is paired.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
     """
     scores = []
-    for stream, counts in enumerate(test_sets, start=1):
+    for stream, counts in enumerate(per_utterance, start=1):
         counts = np.array(counts, np.float32)  # errors and totals
         errors, totals = (counts @ draws(counts.shape[1], stream).T).astype(float)
         scores.append(errors / totals)
@@ -262,7 +262,7 @@ def bootstrap(test_sets):
 
 @functools.cache
 def draws(count, stream, resamples=4000):
-    """(1 + resamples, count) float32: how often each of `count` items is drawn; first, once."""
+    """(1 + resamples, count) float32: how often each item is drawn; row 0 is all ones."""
     rng = np.random.default_rng(stream)
     drawn = rng.multinomial(count, np.full(count, 1 / count), resamples)
     return np.concatenate([np.ones((1, count)), drawn]).astype(np.float32)
@@ -271,18 +271,18 @@ def draws(count, stream, resamples=4000):
 def mean_and_interval(seeds):
     """(3,): the mean over seeds, and the ends of its 95% interval.
 
-    seeds: bootstrap() of each, or differences of two. The spreads over utterances and over seeds
-    are added as if independent (what varies with both counts twice, so that the interval is
-    rather too wide); that over seeds by Student's t, since two or three cannot be resampled.
-    With one seed the interval is over utterances alone.
+    seeds: per seed, the bootstrap() of a result, or the difference of two.
+    Utterances are resampled; two or three seeds are too few for that, and enter by Student's t.
+    Both variances are added. Noise that depends on utterance and seed is in both, which makes
+    the interval slightly too wide. With one seed it is over utterances alone.
     """
     scores = np.mean(seeds, axis=0)
-    reach = np.percentile(scores, [2.5, 97.5]) - scores[0]
+    offsets = np.percentile(scores, [2.5, 97.5]) - scores[0]
     if len(seeds) > 1:
-        deviation = np.std([seed[0] for seed in seeds], ddof=1) / math.sqrt(len(seeds))
-        t = STUDENT_T[min(len(seeds), len(STUDENT_T) + 1) - 2]
-        reach = [-1, 1] * np.hypot(reach, t * deviation)
-    return scores[0] + np.array([0, *reach])
+        standard_error = np.std([seed[0] for seed in seeds], ddof=1) / math.sqrt(len(seeds))
+        t = STUDENT_T[min(len(seeds), 10) - 2]  # of more than 10 seeds: slightly too wide
+        offsets = [-1, 1] * np.hypot(offsets, t * standard_error)
+    return scores[0] + np.array([0, *offsets])
 
 
 def write_result(args, result):

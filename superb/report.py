@@ -29,7 +29,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 @dataclass(eq=False)
 class Row:
-    """A table row: one upstream. scores: {task: (value, low, high)}, from 0 to 1."""
+    """A table row: an upstream, or its difference. scores: {task: (value, low, high)}."""
 
     name: str
     group: str = ""
@@ -104,13 +104,13 @@ def score_rows(rows, against=None):
         raise ValueError(f"--against {against}: no such row; there are {names}")
     differences = {row.name: Row(row.name, f"difference from {against}") for row in rows}
     for task in tasks_of(rows):
-        samples, test_sets = {}, set()  # {row: {seed: bootstrap of the seed}}
+        resampled, test_sets = {}, set()
         rows_of_task = [row for row in rows if task in row.results]
         for row in rows_of_task:
             results = row.results[task].items()
-            samples[row] = {seed: bootstrap(result["per_utterance"]) for seed, result in results}
-            found = mean_and_interval(list(samples[row].values()))
-            row.scores[task] = np.clip(found, 0, 1 if "↑" in task else None)
+            resampled[row] = {seed: bootstrap(result["per_utterance"]) for seed, result in results}
+            interval = mean_and_interval(list(resampled[row].values()))
+            row.scores[task] = np.clip(interval, 0, 1 if "↑" in task else None)
             test_sets |= {result["test_set"] for _, result in results}
         if len(test_sets) > 1:
             problem = "tested on different utterances or noise; report them separately"
@@ -118,13 +118,13 @@ def score_rows(rows, against=None):
         best = (max if "↑" in task else min)(row.scores[task][0] for row in rows_of_task)
         for row in rows_of_task:
             row.bold[task] = row.scores[task][0] == best
-            seeds = samples[row].keys() & samples.get(base, {}).keys()
-            if row is not base and seeds:
-                paired = [samples[row][seed] - samples[base][seed] for seed in sorted(seeds)]
-                value, low, high = mean_and_interval(paired)
-                differences[row.name].scores[task] = np.array([value, low, high])
+            shared = resampled[row].keys() & resampled.get(base, {}).keys()  # seeds
+            if row is not base and shared:
+                paired = [resampled[row][seed] - resampled[base][seed] for seed in sorted(shared)]
+                interval = mean_and_interval(paired)
+                differences[row.name].scores[task] = interval
                 # One seed does not show how much training varies.
-                differences[row.name].bold[task] = low * high > 0 and len(seeds) > 1
+                differences[row.name].bold[task] = interval[1] * interval[2] > 0 and len(shared) > 1
     return [row for row in differences.values() if row.scores]
 
 
