@@ -1,4 +1,4 @@
-"""Outputs of frozen networks, computed once: one file per utterance; targets are int8."""
+"""Caches outputs of frozen networks, one file per utterance; training targets as int8."""
 
 import runs
 from runs import RANK, WORLD_SIZE
@@ -29,8 +29,9 @@ def file_name(corpus, i):
         size = os.fstat(file.fileno()).st_size
         file.seek(size // 2)
         content = hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:8]
-    folder, name = os.path.split(corpus.paths[i].lstrip("/").replace("..", "__"))  # stays inside
-    if len(os.fsencode(name)) > 150:  # names may have 255 bytes
+    # Neither absolute nor with '..': the file stays inside the folder of the cache.
+    folder, name = os.path.split(corpus.paths[i].lstrip("/").replace("..", "__"))
+    if len(os.fsencode(name)) > 150:  # a name has at most 255 bytes
         name = key(name)
     return f"{os.path.join(folder, name)}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
 
@@ -57,8 +58,8 @@ class Cache:
     def crop(self, i, start, samples):
         """The quantized targets of a crop of utterance i, from sample `start`, a multiple of 320.
 
-        Convolutions without padding keep frames and samples aligned: the crop that starts at
-        sample 320 * n has the frames from n on. They are computed from the whole utterance.
+        The targets are of the whole utterance, so their context is larger than the crop. The
+        convolutions have no padding: the crop that starts at sample 320 * n starts at frame n.
         """
         targets = self.load(i)
         frames = (samples - data.MIN_SAMPLES) // data.FRAME_SAMPLES + 1
@@ -72,9 +73,9 @@ class Cache:
             return True
 
     def fill(self, compute, sizes, name, stop):
-        """Computes what is missing, in the main process; rank r the utterances r, r + ranks, ...
+        """Computes the missing files in the main process; rank r takes r, r + WORLD_SIZE, ...
 
-        compute(i): tensors of utterance i, or None if it cannot be read; sizes: bytes each.
+        compute(i): tensors of utterance i, or None if it cannot be read; sizes[i]: their bytes.
         The total size is printed first; too little free disk space is an error before anything
         is computed. Exits on a signal; the same command resumes.
         """

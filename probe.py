@@ -248,8 +248,8 @@ def predict(args, task, upstream, probes, split, stop):
 def bootstrap(per_utterance):
     """(4001,) scores: of the utterances, and of 4,000 bootstrap resamples of them.
 
-    per_utterance: of a result; several test sets are averaged. The draws are the same in every
-    call, so that the difference of two upstreams is paired.
+    per_utterance: per test set, (2, utterances) errors and totals; the test sets are averaged.
+    The draws are the same in every call, so that the difference of two upstreams is paired.
     Source: Bisani and Ney 2004, Bootstrap estimates for confidence intervals in ASR.
     """
     scores = []
@@ -272,9 +272,9 @@ def mean_and_interval(seeds):
     """(3,): the mean over seeds, and the ends of its 95% interval.
 
     seeds: per seed, the bootstrap() of a result, or the difference of two.
-    Utterances are resampled; two or three seeds are too few for that, and enter by Student's t.
-    Both variances are added. Noise that depends on utterance and seed is in both, which makes
-    the interval slightly too wide. With one seed it is over utterances alone.
+    The spread over utterances is that of the resamples; seeds are too few to resample, so theirs
+    is by Student's t. The squares of both are added. Noise that depends on utterance and seed is
+    in both, which makes the interval too wide. With one seed it is over utterances alone.
     """
     scores = np.mean(seeds, axis=0)
     offsets = np.percentile(scores, [2.5, 97.5]) - scores[0]
