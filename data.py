@@ -20,7 +20,7 @@ import torchaudio
 SAMPLE_RATE = 16000
 FRAME_SAMPLES = 320  # from one frame to the next
 MIN_SAMPLES = 400  # the receptive field of one frame
-CROP_MULTIPLE = 3200  # crops are cut to a multiple of it, so that there are few shapes
+CROP_MULTIPLE = 3200  # crop lengths are rounded down to a multiple of it, for few distinct shapes
 BATCH_TIMEOUT = 600  # seconds
 LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
@@ -38,7 +38,7 @@ class Corpus:
     root: folder that paths are relative to; paths: the file per utterance.
     starts, samples: (utterances,) int64, first sample in the file, and length.
     skipped: {path: reason} of the files that were found but cannot be used.
-    pieces: the paths of files in parts; every other file must have exactly the listed length.
+    pieces: the paths of files listed in pieces; any other file must have its listed length.
     """
 
     def __init__(self, root, paths, starts, samples, skipped=(), pieces=()):
@@ -94,11 +94,11 @@ class TrainBatches(torch.utils.data.Dataset):
     """One item per training step: this rank's share of a batch of crops of one length.
 
     Nothing is padded: a batch has utterances of similar length, cropped to the shortest of them.
-    Utterances, order and crops depend on seed and epoch only, not on the number of ranks or
-    workers, and any step can be computed without the steps before it.
+    Utterances, order and crops depend on seed, epoch and batch size only, not on the number of
+    ranks or workers, and any step can be computed without the steps before it.
 
     batch_size: utterances per step, over all ranks. noise: a Noise, for "noisy" waveforms too.
-    cache: a cache.Cache of targets, for their "values" and "scale" too.
+    Set `cache` to a cache.Cache of targets for their "values" and "scale" too.
     """
 
     cache = None
@@ -108,15 +108,15 @@ class TrainBatches(torch.utils.data.Dataset):
             raise ValueError(f"--batch-size {batch_size} is more than the {len(corpus)} utterances")
         self.corpus, self.batch_size, self.seed = corpus, batch_size, seed
         share = batch_size // world_size
-        self.share = range(rank * share, (rank + 1) * share)
+        self.columns = range(rank * share, (rank + 1) * share)
         self.steps_per_epoch = len(corpus) // batch_size
         self.epoch, self.noise = None, noise
 
     def plan(self, epoch):
-        """(utterances, crops, positions) of an epoch.
+        """(utterances, crops, offsets) of an epoch.
 
         utterances: (steps, batch_size) indices; crops: (steps,) lengths in samples;
-        positions: (all utterances,) where each crop starts, from 0 (earliest) to 1 (latest).
+        offsets: (all utterances,) where each crop starts, from 0 (earliest) to 1 (latest).
         """
         rng = np.random.default_rng([self.seed, epoch])
         used = rng.permutation(len(self.corpus))[: self.steps_per_epoch * self.batch_size]
@@ -125,7 +125,7 @@ class TrainBatches(torch.utils.data.Dataset):
         utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
         crops = self.corpus.samples[utterances].min(axis=1)
         rounded = crops // CROP_MULTIPLE * CROP_MULTIPLE
-        crops = np.where(rounded > 0, rounded, crops)  # not of crops below CROP_MULTIPLE
+        crops = np.where(rounded > 0, rounded, crops)  # shorter crops stay as they are
         return utterances, crops, rng.random(len(self.corpus))
 
     def __getitem__(self, step):
@@ -138,26 +138,27 @@ class TrainBatches(torch.utils.data.Dataset):
         epoch, row = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.planned = epoch, self.plan(epoch)
-        utterances, crops, positions = self.planned
+        utterances, crops, offsets = self.planned
         examples, paths, skipped = [], [], {}
-        for place in self.share:
-            # The utterance at this place; if it is unreadable, the next one of the batch.
-            for i in np.roll(utterances[row], -place).tolist():
+        for column in self.columns:
+            # The utterance of this column; if it is unreadable, the next one of the row.
+            for i in np.roll(utterances[row], -column).tolist():
                 try:
-                    examples.append(self.crop(epoch, i, positions[i], int(crops[row])))
+                    examples.append(self.crop(epoch, i, offsets[i], int(crops[row])))
                     paths.append(self.corpus.paths[i])
                     break
                 except UNREADABLE as error:
-                    skipped[self.corpus.paths[i]] = str(error)
+                    # A damaged noise file counts once, however many utterances draw it.
+                    skipped[getattr(error, "noise", self.corpus.paths[i])] = str(error)
             else:
                 path, reason = next(iter(skipped.items()))
                 raise ValueError(f"step {step + 1}: no utterance is readable: {path}: {reason}")
         batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
         return batch | {"paths": paths, "skipped": skipped}
 
-    def crop(self, epoch, i, position, samples):
+    def crop(self, epoch, i, offset, samples):
         """Tensors by name for one crop of utterance i; it starts where a frame starts."""
-        start = int(position * (self.corpus.samples[i] - samples + 1))
+        start = int(offset * (self.corpus.samples[i] - samples + 1))
         start = start // FRAME_SAMPLES * FRAME_SAMPLES
         crop = {"waveforms": self.corpus.read(i, start, samples)}
         if self.noise:
@@ -171,7 +172,7 @@ class Noise:
     """Noise of the audio files under a folder, for students of noisy speech.
 
     snr: [lowest, highest] signal-to-noise ratio of a waveform in dB, drawn uniformly, or [one].
-    probability: of a waveform to get noise.
+    probability: that noise is added to a waveform.
     Raises as find_corpus does.
     Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
     """
@@ -183,12 +184,13 @@ class Noise:
         warn_skipped(self.corpus.skipped)
         self.snr, self.probability = (snr[0], snr[-1]), probability
 
-    def mix(self, waveform, *numbers):
-        """(samples,) with a random stretch of noise added, drawn from the numbers only.
+    def mix(self, waveform, *seeds):
+        """(samples,) with a random stretch of noise added; the seeds alone determine which.
 
         Noise that is shorter than the waveform is repeated; a silent stretch adds nothing.
+        Raises ValueError, with the path as attribute `noise`, for unreadable noise.
         """
-        rng = np.random.default_rng(numbers)
+        rng = np.random.default_rng(seeds)
         if rng.random() >= self.probability:
             return waveform
         i = int(rng.integers(len(self.corpus)))
@@ -197,7 +199,9 @@ class Noise:
         try:
             noise = self.corpus.read(i, start, length)
         except UNREADABLE as error:
-            raise ValueError(f"its noise {self.corpus.paths[i]}: {error}") from None
+            problem = ValueError(f"its noise {self.corpus.paths[i]}: {error}")
+            problem.noise = self.corpus.paths[i]
+            raise problem from None
         if length < len(waveform):
             noise = noise.roll(int(rng.integers(length)))
             noise = noise.repeat(-(-len(waveform) // length))[: len(waveform)]
@@ -236,7 +240,7 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
 
 
 def ignore_signals(worker):
-    """SIGTERM and Ctrl-C reach workers too; the main process needs them to finish its step."""
+    """For workers, without which the main process could not finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -255,7 +259,7 @@ def check_shared_memory(batch_bytes, workers):
 
 
 def resampled_length(samples, rate):
-    """Length at 16 kHz of `samples` at `rate` Hz, as torchaudio's resample returns it.
+    """Length at 16 kHz of `samples` at `rate` Hz, rounded up.
 
     Raises ValueError for rates that share no divisor from 25 with 16000: the resampling filter of
     some, such as 11127 Hz, takes gigabytes.
@@ -281,11 +285,10 @@ def read_audio(path, start=0, samples=None, file_samples=None):
         if samples is None:
             samples = length - start
         divisor = math.gcd(rate, SAMPLE_RATE)
-        # Resampling maps blocks of `down` samples to blocks of `up`; ten hold the whole filter.
+        # Every `down` samples of the file become `up`; the filter is shorter than ten such blocks.
         up, down = SAMPLE_RATE // divisor, rate // divisor
-        margin = 0 if rate == SAMPLE_RATE else 10
-        first = max(0, start // up - margin)
-        last = (start + samples) // up + 1 + margin
+        first = max(0, start // up - 10)
+        last = (start + samples) // up + 11
         offset = min(first * down, file.frames)
         if file.seekable():
             file.seek(offset)
@@ -294,7 +297,10 @@ def read_audio(path, start=0, samples=None, file_samples=None):
         audio = file.read((last - first) * down, dtype="float32", always_2d=True)
     audio = torch.from_numpy(audio.mean(axis=1))
     if rate != SAMPLE_RATE and len(audio):
-        audio = torchaudio.functional.resample(audio, rate, SAMPLE_RATE)
+        expected = resampled_length(len(audio), rate)
+        # torchaudio rounds the length in float32: without padding, it may be a sample short.
+        padded = torch.nn.functional.pad(audio, (0, down))
+        audio = torchaudio.functional.resample(padded, rate, SAMPLE_RATE)[:expected]
     audio = audio[start - first * up :][:samples]
     if len(audio) < samples:
         raise ValueError(f"ends after {start + len(audio)} of {start + samples} samples")
@@ -314,10 +320,10 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     """
     corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
     longest = int(corpus.samples.max())
-    if max_seconds:
+    if max_seconds is not None:
         longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
-    if max_seconds and longest < 2 * MIN_SAMPLES:
-        raise ValueError(f"--max-seconds {max_seconds} is less than 0.05")
+        if longest < 2 * MIN_SAMPLES:
+            raise ValueError(f"--max-seconds {max_seconds} is less than 0.05")
     rows = []
     for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
         if length < MIN_SAMPLES:

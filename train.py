@@ -30,7 +30,7 @@ from teachers import check_frames, digest, layers_per_teacher, load_teacher, sho
 # Settings that may differ when a run resumes: they change no weight beyond rounding, except
 # --accumulate, --compile and the number of processes, which change the dropout masks.
 MAY_CHANGE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
-MAY_CHANGE |= {"data", "teachers", "cache"}  # paths: what they hold is compared
+MAY_CHANGE |= {"data", "teachers", "cache", "noise"}  # paths: audio and weights are compared
 CHECKPOINT = ("step", "settings", "teachers", "student", "optimizer")
 
 
@@ -77,7 +77,7 @@ def parse(arguments=None):
     add("--log-every", type=runs.count, default=100, help="steps between lines of metrics")
     add("--save-every", type=runs.count, default=1000, help="steps between checkpoints")
     add("--tensorboard", action="store_true", help="log to TensorBoard")
-    add("--demo", action="store_true", help="tiny teachers and synthetic speech, two minutes")
+    add("--demo", action="store_true", help="tiny teachers and synthetic speech, 75 seconds")
     # fmt: on
     if parser.parse_known_args(arguments)[0].demo:
         from demo import speech
@@ -115,9 +115,10 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def compute_targets(teachers, layers_of, agg, waveforms):
+def compute_targets(teachers, teacher_layers, agg, waveforms):
     """(batch, samples) to (batch, frames, sum of dims): the targets of all heads, in float32."""
-    states = [teacher(waveforms, layers=layers) for teacher, layers in zip(teachers, layers_of)]
+    pairs = zip(teachers, teacher_layers)
+    states = [teacher(waveforms, layers=layers) for teacher, layers in pairs]
     targets = aggregate.AGGREGATIONS[agg](states)
     return torch.cat([target.float() for target in targets], dim=-1)
 
@@ -132,9 +133,13 @@ def main(arguments=None):
         args.precision = runs.precision(args.precision, device)
         compared = [name for name in vars(args) if name not in MAY_CHANGE]
         settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in compared}
-        settings["--cache"] = bool(args.cache)  # cached targets are of whole utterances
+        # Compared because cached targets are computed from whole utterances, others from crops.
+        settings["--cache"] = bool(args.cache)
         if args.data.endswith(".tsv"):
             settings["lines of --data"] = key(data.read_lines(args.data)[1:])
+        noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
+        noise_files = noise and key(noise.corpus.paths, noise.corpus.samples.tolist())
+        settings["files of --noise"] = noise_files
         if RANK == 0:
             runs.lock(args.out)
         checkpoint = runs.load_latest(args.out, CHECKPOINT)
@@ -161,9 +166,9 @@ def main(arguments=None):
         names = short_names(args.teachers)
         teachers = [load_teacher(path, device) for path in args.teachers]
         check_frames(teachers, names)
-        layers_of = layers_per_teacher(args.heads, teachers, names)
+        teacher_layers = layers_per_teacher(args.heads, teachers, names)
         widths = [(name, teacher.config.dim) for name, teacher in zip(names, teachers)]
-        heads = aggregate.heads(args.agg, layers_of, widths)
+        heads = aggregate.heads(args.agg, teacher_layers, widths)
         dims = [dim for _, dim in heads]
         digests = dict(zip(names, map(digest, teachers)))
         torch.manual_seed(args.seed)
@@ -176,10 +181,9 @@ def main(arguments=None):
             runs.check_same(args.out, before, {"--teachers": names} | digests)
             student.load_state_dict(checkpoint["student"])
         share = args.batch_size // WORLD_SIZE  # utterances per process
-        sample_bytes = 4 + 4 * bool(args.noise) + bool(args.cache) * sum(dims) / 320
+        sample_bytes = 4 + 4 * bool(args.noise) + bool(args.cache) * sum(dims) / data.FRAME_SAMPLES
         batch_bytes = sample_bytes * int(corpus.samples.max()) * share
         data.check_shared_memory(batch_bytes * runs.LOCAL_WORLD_SIZE, args.workers)
-        noise = data.Noise(args.noise, args.snr, args.noise_probability) if args.noise else None
         batches = data.TrainBatches(corpus, args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
         if RANK == 0:
             write_config(args, heads)
@@ -195,11 +199,11 @@ def main(arguments=None):
             waveform = corpus.read(i)[None].to(device)
         except data.UNREADABLE:
             return None  # skipped with a warning in training
-        return quantize(compute_targets(teachers, layers_of, args.agg, waveform)[0])
+        return quantize(compute_targets(teachers, teacher_layers, args.agg, waveform)[0])
 
     if args.cache and start < args.steps:
         source = inspect.getsource(aggregate)  # edited code has a folder of its own
-        name = key(list(digests.values()), layers_of, args.agg, args.precision, source)
+        name = key(list(digests.values()), teacher_layers, args.agg, args.precision, source)
         cache = Cache(os.path.join(args.cache, f"targets-{args.agg}-{name}"), corpus)
         sizes = [sum(dims) * (student.encoder.frames(n) + 4) for n in corpus.samples.tolist()]
         cache.fill(compute_cached, sizes, "targets", stop)
@@ -237,15 +241,15 @@ def main(arguments=None):
     for step, batch in enumerate(loader, start=start + 1):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         runs.seed(args.seed, step, RANK)  # dropout depends on these only: no RNG state to resume
-        tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+        tensors = [(name, x) for name, x in batch.items() if torch.is_tensor(x)]
         for first in range(0, share, micro):
-            part = {name: x[first : first + micro] for name, x in tensors.items()}
-            part = {name: x.to(device, non_blocking=True) for name, x in part.items()}
+            here = slice(first, first + micro)
+            part = {name: x[here].to(device, non_blocking=True) for name, x in tensors}
             waveforms = part["waveforms"]
             if args.cache:
                 targets = dequantize(part["values"], part["scale"])
             else:
-                targets = compute_targets(teachers, layers_of, args.agg, waveforms)
+                targets = compute_targets(teachers, teacher_layers, args.agg, waveforms)
             if args.noise:  # for the student alone, so that cached targets stay valid
                 waveforms = part["noisy"]
             model.require_backward_grad_sync = first + micro == share  # sync on the last only

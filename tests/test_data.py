@@ -189,11 +189,14 @@ def test_a_piece_is_that_of_the_whole_file_and_only_the_piece_is_read(
     assert max(sizes) < 1.3 * rate + 12 * rate
 
 
-def test_the_length_is_that_of_torchaudios_resampling(tmp_path):
-    for rate in (8000, 22050, 44100, 48000):
-        for frames in (1000, 1001, 1337):
-            resampled = torchaudio.functional.resample(torch.zeros(frames), rate, 16000)
-            assert data.resampled_length(frames, rate) == len(resampled)
+def test_a_resampled_file_has_the_length_that_its_header_promises(tmp_path):
+    # 441,328 samples at 44.1 kHz are 160,119.002: torchaudio alone returns 160,119.
+    for rate, frames in [(8000, 1000), (22050, 1337), (44100, 1001), (44100, 441328), (48000, 3)]:
+        samples = data.resampled_length(frames, rate)
+        assert samples == -(-frames * 16000 // rate)
+        (path,) = write_audio(tmp_path, [frames], rate)
+        assert len(read_audio(path, file_samples=samples)) == samples
+        assert len(read_audio(path, samples - 1, 1)) == 1
 
 
 @pytest.mark.parametrize("damage", ["truncated", "replaced", "nan", "odd rate"])
@@ -367,6 +370,18 @@ def test_batches_have_clean_and_noisy_waveforms_whatever_the_ranks(corpus, tmp_p
     assert torch.equal(alone["waveforms"], TrainBatches(corpus, 6)[8]["waveforms"])
     assert torch.equal(alone["noisy"], torch.cat([share["noisy"] for share in shares]))
     assert not torch.equal(alone["noisy"], alone["waveforms"])
+
+
+def test_a_damaged_noise_file_counts_once_whatever_draws_it(corpus, tmp_path):
+    paths = write_audio(tmp_path, [5000] * 4, seed=5)
+    batches = TrainBatches(corpus, 6, noise=data.Noise(tmp_path, [5]))
+    paths[1].write_bytes(paths[1].read_bytes()[:500])
+    skipped = {}
+    for step in range(12):
+        batch = batches[step]
+        assert len(batch["noisy"]) == 6
+        skipped |= batch["skipped"]
+    assert skipped.keys() == {"001.flac"} and "its noise 001.flac" in skipped["001.flac"]
 
 
 def test_a_folder_without_noise_is_an_error_and_silence_adds_nothing(tmp_path):

@@ -273,6 +273,19 @@ def test_noise_is_mixed_into_the_students_input_alone(job, tmp_path):
     assert (noisy[name] - clean[name]).norm() > 10 * (noisy[name] - cached[name]).norm()
 
 
+def test_other_noise_is_refused_on_resume_and_a_moved_folder_is_not(job, tmp_path, capsys):
+    write_audio(tmp_path / "noise", [5000, 3000], seed=9)
+    write_audio(tmp_path / "audio", [6400] * 24, seed=3)
+    settings = {"data": tmp_path / "audio", "max_seconds": 1, "steps": 1}
+    distil(job, tmp_path / "out", noise=tmp_path / "noise", **settings)
+    (tmp_path / "noise").rename(tmp_path / "moved")
+    distil(job, tmp_path / "out", noise=tmp_path / "moved", **settings)
+    write_audio(tmp_path / "moved" / "more", [4000])
+    for other in ({"noise": tmp_path / "moved"}, {}):
+        line = refusal(capsys, flags(job, tmp_path / "out", **settings, **other))
+        assert "holds another run (files of --noise was" in line
+
+
 def test_a_student_of_another_width_has_the_teachers_convolutions(job):
     weights = distil(job, "thin", student_dim=32, student_layers=5, steps=12)
     student, lines = load_student(job / "thin"), metrics(job / "thin")
