@@ -8,7 +8,7 @@ import torch
 
 
 def average(states):
-    """Layerwise average, the best aggregation of the paper: per layer, the mean over teachers.
+    """Layerwise average, more effective than concatenation in the paper: per layer, the mean.
 
     states[teacher][layer]: (batch, frames, dim), the same dim for all teachers.
     Returns one (batch, frames, dim) target per layer, in float32.

@@ -23,7 +23,7 @@ class EncoderConfig:
 
     # (channels, kernel, stride) per convolution
     conv_layers: tuple = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
-    conv_norm: str = "group"  # after the first convolution, or "layer" after each (Large)
+    conv_norm: str = "group"  # GroupNorm after the first convolution; "layer": LayerNorm after each
     conv_bias: bool = False
     projection: bool = True  # from the channels of the last convolution to dim
     projection_norm: bool = True  # LayerNorm before the projection (False in DistilHuBERT)
@@ -36,7 +36,7 @@ class EncoderConfig:
     pos_groups: int = 16
     pos_depth: int = 0  # number of positional convolutions in data2vec's form, 0 for HuBERT's
     relative_buckets: int = 0  # for WavLM's relative positions (320), 0 without
-    relative_distance: int = 800  # from which on all keys share a bucket
+    relative_distance: int = 800  # keys this far or farther share the last bucket
     relative_gate: bool = True
     normalize: bool = False  # waveforms to zero mean and unit variance
     weight_norm: bool = False  # of the positional convolution, for training
@@ -100,11 +100,12 @@ class SpeechEncoder(nn.Module):
         x = self.feature_projection(x)
 
         frames = x.shape[1]
-        keys = (frames + 7) // 8 * 8  # GPU kernels need rows of 8; SelfAttention slices them
+        keys = (frames + 7) // 8 * 8  # GPU kernels need masks of 8n keys; SelfAttention slices them
         padding = mask = bias = None
         if lengths is not None:
-            padding = padding_mask(self.frames(lengths), frames)[:, :, None]
-            mask = ~padding_mask(self.frames(lengths), keys)[:, None, None]
+            valid = self.frames(lengths)
+            padding = padding_mask(valid, frames)[:, :, None]
+            mask = ~padding_mask(valid, keys)[:, None, None]  # True: attended to
         if config.relative_buckets:
             bias = self.position_bias(frames, keys)
 

@@ -46,13 +46,19 @@ teachers ([arXiv:2302.12757](https://arxiv.org/abs/2302.12757)).
 from transformers import HubertModel
 
 model = HubertModel.from_pretrained("{name}").eval()
-states = model(waveforms, output_hidden_states=True).hidden_states  # waveforms: (batch, samples)
+# waveforms: (batch, samples) at 16 kHz{waveforms}
+states = model(waveforms, output_hidden_states=True).hidden_states
 ```
 
+{padding}
+"""
+PADDING = {  # by conv_norm
+    "group": """\
 **Padding changes the hidden states.** In the HuBERT of transformers and s3prl, a batch of
 utterances of 8.1 and 2.6 s gives the shorter one a relative error of 29 to 59%.
-Process one utterance at a time, or batches of utterances of one length.
-"""
+Process one utterance at a time, or batches of utterances of one length.""",
+    "layer": "**Padding changes the hidden states** unless the model gets an `attention_mask`.",
+}
 
 
 def official_state_dict(encoder, form):
@@ -118,6 +124,7 @@ def write_transformers(student, folder, about=None):
         config[name] = c.dropout
     config |= {"feat_proj_dropout": 0.0, "layerdrop": 0.0}
     config |= {"apply_spec_augment": False, "mask_time_prob": 0.0}  # there is no mask embedding
+    config["tie_last_hidden_states"] = True  # transformers 5: the last with the final LayerNorm
     preprocessor = {"feature_extractor_type": "Wav2Vec2FeatureExtractor"}
     preprocessor |= {"do_normalize": c.normalize, "sampling_rate": 16000}
     weights = official_state_dict(student.encoder, "transformers")
@@ -140,8 +147,10 @@ def model_card(student, name, about):
     """
     config = student.encoder.config
     millions = sum(weight.numel() for weight in student.encoder.parameters()) / 1e6
+    normalised = ", each of mean 0 and variance 1" if config.normalize else ""
     settings = about.get("settings", {})
-    settings = [f"{key} {settings[key]}" for key in CARD_SETTINGS.split() if key in settings]
+    names = CARD_SETTINGS.split() + ["snr", "noise_probability"] * bool(settings.get("noise"))
+    settings = [f"{key} {settings[key]}" for key in names if key in settings]
     facts = {
         "teachers": ", ".join(about.get("teachers", [])),
         "layers of the teachers": ", ".join(map(str, about.get("layers", []))),
@@ -154,14 +163,15 @@ def model_card(student, name, about):
         "training settings": "; ".join(settings),
         "commit of the code": about.get("commit"),
         "encoder": f"{config.layers} layers of {config.dim}, {millions:.2f} million parameters",
-        "waveforms": "16 kHz, normalised" if config.normalize else "16 kHz",
+        "waveforms": f"16 kHz{normalised}",
     }
     rows = [f"| {fact} | {value or 'not recorded'} |" for fact, value in facts.items()]
     header = ["library_name: transformers", "tags: [speech, hubert, knowledge-distillation]"]
     for key in ("language", "license"):
         if about.get(key):
             header.append(f"{key}: {json.dumps(about[key])}")  # JSON is YAML
-    return CARD.format(name=name, rows="\n".join(rows), header="\n".join(header))
+    parts = {"header": "\n".join(header), "rows": "\n".join(rows), "waveforms": normalised}
+    return CARD.format(name=name, padding=PADDING[config.conv_norm], **parts)
 
 
 def main(arguments=None):
@@ -172,9 +182,10 @@ def main(arguments=None):
         parser.add_argument("--language", help="of the training data, for the card, such as en")
         parser.add_argument("--license", help="of the student, for the card, such as mit")
         args = parser.parse_args(arguments)
-        student, path = load_student(args.student), args.student
+        path = args.student
         if os.path.isdir(path):
             path = os.path.join(path, "student.pt")
+        student = load_student(path)
         about = runs.load(path) | {"language": args.language, "license": args.license}
         about |= runs.read_json(os.path.join(os.path.dirname(path), "config.json"))
         write_transformers(student, args.to, about)

@@ -1,4 +1,4 @@
-"""The student: a teacher's convolutions, a few Transformer layers, prediction heads on the last.
+"""The student: a teacher's convolutions, a few Transformer layers, prediction heads on top.
 
     student = load_student("runs/avg/student.pt")
     states = student.hidden_states(waveforms, lengths)    # 0..N, each (batch, frames, dim)
@@ -46,7 +46,7 @@ def student_config(teacher, layers=2, dropout=0.1, dim=None):
     """The EncoderConfig of a teacher with fewer layers and without relative positions.
 
     dim: the width, by default the teacher's. With another width the feed-forward dim is 4 * dim,
-        and attention has the fewest heads of at most 64 dims each.
+        and the fewest attention heads with at most 64 dims each.
     The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT.
     """
     sizes = {"layers": layers, "dropout": dropout, "relative_buckets": 0}
@@ -76,8 +76,7 @@ def initialise(student, teacher):
         conv = encoder.positional_embedding.conv
         with torch.no_grad():  # a clone: weight_norm shares the storage of what it is given
             conv.weight = weights["positional_embedding.conv.weight"].clone().to(conv.bias)
-    names = encoder.state_dict().keys() & weights.keys()
-    encoder.load_state_dict({name: weights[name] for name in names}, strict=False)
+    encoder.load_state_dict(weights, strict=False)  # without the teacher's further layers
 
 
 def save_student(student, path, **about):

@@ -42,7 +42,7 @@ def load_teacher(name_or_path, device="cpu"):
 
     name_or_path: a name in TEACHERS (downloaded once into torch.hub's folder), a checkpoint of
         fairseq, s3prl, Microsoft's WavLM or torchaudio, or transformers' folder or weights.
-    Raises OSError or ValueError, in one line, otherwise. No code in a file is run.
+    Raises OSError or ValueError with one line for anything else. No code in a file is run.
     On a GPU, torch's convolutions are in TF32 unless torch.backends.cudnn.allow_tf32 is False.
     """
     path = os.fspath(name_or_path)
@@ -123,7 +123,7 @@ FORMS = {"fairseq": 1, "transformers": 2}  # columns of NAMES
 
 
 def translate(name, source, target):
-    """The name of a weight or layer in column `target` of NAMES from that in column `source`."""
+    """Translates the name of a weight or layer from column `source` of NAMES to `target`."""
     for row in NAMES:
         pattern = re.escape(row[source]).replace(r"\{i\}", r"(?P<i>\d+)")
         pattern = pattern.replace(r"\{x\}", "(?P<x>[a-z]+)") + r"(?P<kind>(\..+)?)"
@@ -150,7 +150,8 @@ def qkv_parts(name):
 def rename(path, official):
     """("fairseq" or "transformers", the weights by their names in this code).
 
-    If the encoder has a prefix, such as wavlm., weights without it are of a task's head.
+    If the encoder's weights have a prefix, such as wavlm., those without it (a task's head) are
+    dropped.
     """
     names = "\n".join(map(str, official))
     start = re.search(r"^(.*\.)?feature_extractor\.conv_layers\.0\.", names, re.MULTILINE)
@@ -216,14 +217,14 @@ def encoder_config(path, form, weights, settings):
     large = "feature_extractor.norms.1.weight" in weights
     depth = count("positional_embedding.convs.*.weight")
     position = "positional_embedding.convs.0" if depth else "positional_embedding.conv"
-    _, group, pos_kernel = shape(f"{position}.weight", 3)
+    _, group_channels, pos_kernel = shape(f"{position}.weight", 3)
     gated = count("layers.*.attention.gate*") > 0
     buckets, distance = 0, EncoderConfig.relative_distance
     if gated or "relative_position.weight" in weights:  # WavLM
         buckets, heads = shape("relative_position.weight", 2)
         distance = setting(int, "max_distance", "max_bucket_distance", distance)
     else:
-        heads = {768: 12, 1024: 16, 1280: 16}.get(dim, dim // group)  # Base, Large, X-Large
+        heads = {768: 12, 1024: 16, 1280: 16}.get(dim, dim // group_channels)  # else a guess
         heads = setting(int, "encoder_attention_heads", "num_attention_heads", heads)
     config = EncoderConfig(
         conv_layers=tuple((out, kernel, s) for (out, _, kernel), s in zip(convs, strides)),
@@ -237,14 +238,14 @@ def encoder_config(path, form, weights, settings):
         layers=setting(int, "encoder_layers", "num_hidden_layers", count("layers.*.ffn_in.weight")),
         pre_norm=setting(bool, "layer_norm_first", "do_stable_layer_norm", large and not depth),
         pos_kernel=pos_kernel,
-        pos_groups=dim // group,
+        pos_groups=dim // group_channels,
         pos_depth=depth,
         relative_buckets=buckets,
         relative_distance=distance,
         relative_gate=gated or not buckets,
         normalize=setting(bool, "normalize", "do_normalize", large),
     )
-    assumed.pop("num_hidden_layers", None)  # counted
+    assumed.pop("num_hidden_layers", None)  # counted from the weights
     if assumed:
         text = ", ".join(f"{name} {value}" for name, value in assumed.items())
         runs.warn(f"{path}: not in its configuration, so assumed: {text}")
@@ -265,8 +266,8 @@ def load_weights(encoder, path, form, weights):
                 raise ValueError(f"{path}: {official} {problem}")
         state[name] = torch.cat([weights.pop(part).float() for part in parts])
     encoder.load_state_dict(state, assign=True)
-    inside = re.compile(r"(encoder|feature_\w+|layers|positional_embedding)\.")
-    unknown = [name for name in weights if inside.match(name)]
+    of_encoder = re.compile(r"(encoder|feature_\w+|layers|positional_embedding)\.")
+    unknown = [name for name in weights if of_encoder.match(name)]
     if unknown:
         raise ValueError(f"{path}: unsupported architecture, it has {', '.join(unknown[:3])}")
 

@@ -75,8 +75,7 @@ def test_transformers_loads_a_student_with_equal_states(sizes, tmp_path):
         waveforms = F.layer_norm(waveforms, (6000,))
     with torch.no_grad():
         output = model.eval()(waveforms, output_hidden_states=True)
-    found = [*output.hidden_states[:-1], output.last_hidden_state]
-    assert largest_difference(found, states(student.encoder, noise(2, 6000))) < 1e-4
+    assert largest_difference(output.hidden_states, states(student.encoder, noise(2, 6000))) < 1e-4
 
 
 def test_a_long_utterance_beside_it_changes_a_short_one_after_export_as_the_card_says(tmp_path):
@@ -92,6 +91,21 @@ def test_a_long_utterance_beside_it_changes_a_short_one_after_export_as_the_card
     assert "one utterance at a time" in (tmp_path / "student" / "README.md").read_text()
 
 
+def test_with_a_mask_padding_does_not_change_an_exported_large_student_as_its_card_says(tmp_path):
+    student, _ = random_student(**LARGE)
+    export.write_transformers(student, tmp_path / "student")
+    model = transformers.HubertModel.from_pretrained(tmp_path / "student").eval()
+    waveforms, mask = noise(2, 30000), torch.ones(2, 30000, dtype=torch.long)
+    waveforms[1, 9600:] = mask[1, 9600:] = 0
+    with torch.no_grad():
+        alone = model(waveforms[1:, :9600]).last_hidden_state[0]
+        masked = model(waveforms, attention_mask=mask).last_hidden_state[1, : len(alone)]
+        padded = model(waveforms).last_hidden_state[1, : len(alone)]
+    assert (masked - alone).norm() < 1e-4 * alone.norm() < 1e-2 * (padded - alone).norm()
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert "`attention_mask`" in card and "at 16 kHz, each of mean 0 and variance 1" in card
+
+
 # ------------------------------------------------------------------ the program
 
 
@@ -102,6 +116,7 @@ def trained(tmp_path):
     about = {"teachers": ["hubert", "wavlm_plus"], "agg": "avg", "layers": [2, 4], "step": 1200}
     save_student(student, tmp_path / "student.pt", **about, data="LibriSpeech")
     settings = {"agg": "avg", "lr": 2e-4, "batch_size": 24, "data": "/home/me/LibriSpeech"}
+    settings |= {"noise": "/home/me/noise", "snr": [0, 20], "noise_probability": 0.5}
     (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "commit": "c0ffee"}))
     return tmp_path
 
@@ -115,7 +130,8 @@ def test_the_model_card_says_how_the_student_was_trained(trained):
     assert card.data.language == "en" and card.data.license == "cc-by-4.0"
     assert card.data.library_name == "transformers" and "hubert" in card.data.tags
     facts = ["hubert, wavlm_plus", "avg", "2, 4", "1200", "| training data | LibriSpeech |"]
-    facts += ["| language | en |", "lr 0.0002 |", "batch_size 24", "c0ffee", "2302.12757"]
+    facts += ["| language | en |", "lr 0.0002;", "batch_size 24", "c0ffee", "2302.12757"]
+    facts += ["snr [0, 20]; noise_probability 0.5"]
     assert [fact for fact in facts if fact not in card.text] == []
     assert "/home/me" not in card.text and "not recorded" not in card.text
 
