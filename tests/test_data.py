@@ -4,6 +4,7 @@ import os
 import pathlib
 import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -244,6 +245,17 @@ def test_the_number_of_ranks_and_of_workers_changes_no_batch(corpus):
     for whole, *parts in zip(alone, *loaders):
         assert torch.equal(whole["waveforms"], torch.cat([part["waveforms"] for part in parts]))
         assert whole["paths"] == sum((part["paths"] for part in parts), [])
+
+
+class Stuck(torch.utils.data.Dataset):
+    def __getitem__(self, step):
+        time.sleep(60)
+
+
+def test_batches_that_do_not_arrive_are_an_error(monkeypatch):
+    monkeypatch.setattr(data, "BATCH_TIMEOUT", 5)
+    with pytest.raises(RuntimeError, match="no batch for 5 s: a stuck disk"):
+        next(load_batches(Stuck(), range(2), workers=1))
 
 
 def test_an_unreadable_utterance_is_replaced_by_the_next_of_its_batch(tmp_path):
