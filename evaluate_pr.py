@@ -22,7 +22,8 @@ from superb.upstream import Split, Upstream
 
 SPLITS = "train-clean-100,dev-clean,test-clean"
 LEXICON = "data/librispeech-lexicon.txt"
-NUMBER = re.compile(r"[0-9]*\.?[0-9]+(e-?[0-9]+)?|[0-9]+\.")
+# Of integers, 1 alone: X-SAMPA has phones such as 2 and 9.
+PROBABILITY = re.compile(r"1|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+(\.|e-?[0-9]+)")
 
 
 def make_parser():
@@ -49,9 +50,9 @@ def read_lexicon(paths):
             if text.startswith((";;;", "# ")):
                 continue
             word, *phones = text.split()
-            while phones and NUMBER.fullmatch(phones[0]):
+            while phones and PROBABILITY.fullmatch(phones[0]):
                 del phones[0]
-            misplaced = [phone for phone in phones if NUMBER.fullmatch(phone) and "." in phone]
+            misplaced = [x for x in phones if PROBABILITY.fullmatch(x) and "." in x]
             if misplaced or not phones:  # a probability after a phone
                 raise ValueError(f"{path}, line {number}: not WORD PHONE PHONE ...: {text[:50]!r}")
             word = re.sub(r"\([0-9]+\)$", "", word)
@@ -113,7 +114,7 @@ def ctc_greedy(logits, frames):
 
 
 def edit_distances(references, hypotheses):
-    """(edit distances, lengths of the references), both (utterances,), of lists of symbols."""
+    """(edit distances, lengths of the references), two arrays, from lists of lists of symbols."""
     errors = map(torchaudio.functional.edit_distance, references, hypotheses)
     return np.array(list(errors)), np.array(list(map(len, references)))
 
@@ -144,7 +145,7 @@ class PhonemeRecognition:
     """
 
     name = "phoneme recognition"
-    metric = "PER"  # of the two arrays of count(references, hypotheses), sum / sum
+    metric = "PER"  # sum / sum of the two arrays of count(references, hypotheses)
     higher_is_better = False
     loss = staticmethod(ctc_loss)
     predict = staticmethod(ctc_greedy)

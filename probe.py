@@ -21,9 +21,9 @@ import data
 from cache import key
 from superb.upstream import compute_states, load_states, state_numbers
 
-# Settings that may differ when a run resumes. For files, the content is compared: weights,
-# labels and noise, and for audio the paths and lengths.
+# Settings that may differ when a run resumes.
 MAY_CHANGE = {"out", "cache", "workers", "log_every"}
+# Compared by content: weights, labels and noise, and of audio the paths and lengths.
 MAY_CHANGE |= {"upstream", "data", "lexicon", "manifest", "noise", "snr"}
 
 # 97.5% quantiles of Student's t, for 2 to 10 seeds.
@@ -100,7 +100,7 @@ class Probe(nn.Module):
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, selects on `dev`, scores on `test`.
 
-    The rates share the batches; on a CPU each result is bit for bit that of a run of one rate.
+    The rates share the batches; on a CPU each probe equals, bit for bit, one trained alone.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
     # ------------------------------ set-up
@@ -185,8 +185,8 @@ def evaluate(args, task, upstream, train, dev, test):
         if score_now:
             references, texts = predict(args, task, upstream, probes, dev, stop)
             for lr, probe, hypotheses in zip(args.lr, probes, texts):
-                errors, totals = task.count(references, hypotheses)
-                value = float(errors.sum() / totals.sum())
+                counts, totals = task.count(references, hypotheses)
+                value = float(counts.sum() / totals.sum())
                 saved["curves"][f"{lr:g}"].append([step, value])
                 print(f"step {step}: {task.metric} {value:.2%} on {dev.name}, --lr {lr:g}")
                 sign = 1 if task.higher_is_better else -1
@@ -207,11 +207,11 @@ def evaluate(args, task, upstream, train, dev, test):
     probe = probes[0]  # for the weights of the best
     probe.load_state_dict(best["probe"])
     references, [hypotheses] = predict(args, task, upstream, [probe], test, stop)
-    errors, totals = task.count(references, hypotheses)
-    value = float(errors.sum() / totals.sum())
+    counts, totals = task.count(references, hypotheses)
+    value = float(counts.sum() / totals.sum())
     result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
-    # Per test set, errors (or correct answers) and totals; er.py has several sets.
-    result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
+    # Per test set, counts of errors (or correct answers) and totals; er.py has several sets.
+    result["per_utterance"] = [[counts.tolist(), totals.tolist()]]
     result["interval"] = mean_and_interval([bootstrap(result["per_utterance"])])[1:].tolist()
     result["test_set"] = key(test.ids, references, test.noise_key)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": saved["curves"]}
@@ -273,7 +273,7 @@ def mean_and_interval(seeds):
 
     seeds: per seed, the bootstrap() of a result, or the difference of two.
     The spread over utterances is that of the resamples; seeds are too few to resample, so theirs
-    is by Student's t. The squares of both are added. Noise that depends on utterance and seed is
+    is by Student's t; both are added in quadrature. Noise that depends on utterance and seed is
     in both, which makes the interval too wide. With one seed it is over utterances alone.
     """
     scores = np.mean(seeds, axis=0)

@@ -20,6 +20,7 @@ CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's
 
 def make_parser():
     parser = probe.make_parser(__doc__, "asr", steps=200_000, batch_size=16, eval_every=2000)
+    # s3prl's file says 32, but its dataset.py halves batches of long utterances.
     parser.add_argument("--splits", type=runs.names, default=SPLITS, help="train, dev and test")
     parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
     return parser
@@ -33,8 +34,9 @@ class CharacterHead(nn.Module):
 
     def __init__(self, dim, hidden=1024):
         super().__init__()
-        # 2 masks of up to 39 frames, and 4 of up to 49 dimensions.
-        self.augment = SpecAugment(2, 40, 4, 50, zero_masking=True)
+        # Masks have up to 39 frames, and up to 49 dimensions.
+        sizes = {"n_time_masks": 2, "time_mask_param": 40, "n_freq_masks": 4, "freq_mask_param": 50}
+        self.augment = SpecAugment(**sizes, zero_masking=True)
         self.projection = nn.Linear(dim, hidden)
         self.lstm = nn.LSTM(hidden, hidden, 2, batch_first=True, dropout=0.2, bidirectional=True)
         self.dropout = nn.Dropout(0.2)

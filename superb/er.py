@@ -95,14 +95,15 @@ def evaluate(args):
     weights = [result["layer_weights"] for result in results]
     result = {name: results[0][name] for name in ("task", "metric", "upstream", "noise", "torch")}
     result["accuracy"] = float(np.mean(accuracies))
-    counts = result["per_utterance"] = sum([fold["per_utterance"] for fold in results], [])
-    result["interval"] = probe.mean_and_interval([probe.bootstrap(counts)])[1:].tolist()
+    per_utterance = sum([fold["per_utterance"] for fold in results], [])
+    result["per_utterance"] = per_utterance
+    result["interval"] = probe.mean_and_interval([probe.bootstrap(per_utterance)])[1:].tolist()
     result["test_set"] = key([fold["test_set"] for fold in results])
     result["deviation"] = float(np.std(accuracies, ddof=1))
     result["folds"] = dict(zip(folds, accuracies))
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
     result["seconds"] = sum(fold["seconds"] for fold in results)
-    result["counts"] = {"test": {"utterances": sum(len(errors) for errors, _ in counts)}}
+    result["counts"] = {"test": {"utterances": sum(len(errors) for errors, _ in per_utterance)}}
     result["settings"] = vars(args) | {"precision": upstream.precision}
     print(f"\nmean over {len(folds)} folds, deviation {result['deviation']:.2%}")
     probe.write_result(args, result)

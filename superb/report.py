@@ -29,7 +29,7 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 @dataclass(eq=False)
 class Row:
-    """A table row: an upstream, or its difference. scores: {task: (value, low, high)}."""
+    """A table row: scores {task: (value, low, high)} of an upstream, or their differences."""
 
     name: str
     group: str = ""
@@ -43,7 +43,7 @@ class Row:
 
 
 def find_row(folder):
-    """(Row, seed) of a folder ROW or ROW/seed-N; the name is read from rows.tsv, or is the path."""
+    """(Row, seed) of ROW (seed 0) or ROW/seed-N; the name is from rows.tsv, or the path."""
     seed = re.fullmatch("seed-([0-9]+)", folder.name)
     folder = folder.parent if seed else folder
     row, table = Row(str(folder)), folder.absolute().parent / "rows.tsv"
@@ -124,7 +124,8 @@ def score_rows(rows, against=None):
                 interval = mean_and_interval(paired)
                 differences[row.name].scores[task] = interval
                 # One seed does not show how much training varies.
-                differences[row.name].bold[task] = interval[1] * interval[2] > 0 and len(shared) > 1
+                excludes_0 = interval[1] * interval[2] > 0
+                differences[row.name].bold[task] = excludes_0 and len(shared) > 1
     return [row for row in differences.values() if row.scores]
 
 
@@ -159,12 +160,12 @@ def table(rows, differences):
         entries = [entry.ljust(width) for entry, width in zip(line, widths)]
         text += f"| {' | '.join(entries)} |\n"
     samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
-    over = "utterances and, of several seeds, over seeds" if "seeds" in samples else "utterances"
-    text += f"\nPercent and points; 95% intervals are over {over}. Test sets: {samples}. "
+    over = "utterances and seeds" if "seeds" in samples else "utterances"
+    text += f"\nIn percent, with 95% intervals over {over}. Test sets: {samples}. "
     text += "Bold: the best of a task"
     if differences:
-        text += "; differences whose interval excludes 0, of two or more seeds. "
-        text += "Differences are over the seeds that both rows have"
+        text += "; differences of two or more seeds whose interval excludes 0, not corrected for "
+        text += "the number of comparisons. Differences are over the seeds that both rows have"
     return f"{text}.\n"
 
 
@@ -268,8 +269,9 @@ def draw_curves(folders, path):
         lines = [json.loads(line) for line in lines if line.endswith("}")]
         if not lines:
             raise ValueError(f"{folder}/metrics.jsonl: no complete line")
-        home = folder.parent.parent if folder.name.startswith("seed-") else folder.parent
-        seed = folder.name.replace("seed-", ", seed ") if folder.name.startswith("seed-") else ""
+        has_seed = folder.name.startswith("seed-")
+        home = folder.parents[has_seed]
+        seed = folder.name.replace("seed-", ", seed ") if has_seed else ""
         names.append(find_row(folder)[0].name + seed)
         for head in [key.removeprefix("l1/") for key in lines[0] if key.startswith("l1/")]:
             teacher, _, layer = head.rpartition(".")

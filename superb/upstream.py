@@ -199,7 +199,7 @@ def load_states(upstream, split, plan, workers, stop):
 
     plan: per batch, the indices of its utterances.
     """
-    workers = 0 if split.memory_key(0) in upstream.memory else workers  # they would copy it
+    workers = 0 if split.memory_key(0) in upstream.memory else workers  # would copy it all
     for items in data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop):
         items = [upstream(x) if x.dim() == 1 else x for x in items]  # 1: a waveform
         items = [x.to(upstream.device, non_blocking=True) for x in items]
