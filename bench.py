@@ -96,7 +96,7 @@ def main(arguments=None):
     measured = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         corpus = write_audio(folder, args.seconds)
-        for number in range(2):  # in turn, as a machine's speed varies
+        for number in range(2):  # interleaved, since a machine's speed varies
             for kind in kinds:
                 cache = [] if kind == "step" else ["--cache", f"{folder}/targets"]
                 place = ["--data", folder, "--out", f"{folder}/{number}{kind}"]

@@ -69,11 +69,11 @@ class Cache:
     def is_missing(self, i):
         try:
             return not os.path.exists(self.path(i))
-        except OSError:  # compute() reports it
+        except OSError:  # reported when the audio is read
             return True
 
     def fill(self, compute, sizes, name, stop):
-        """Computes the missing files in the main process; rank r takes r, r + WORLD_SIZE, ...
+        """Computes the missing files; rank r those of utterances r, r + WORLD_SIZE, ...
 
         compute(i): tensors of utterance i, or None if it cannot be read; sizes[i]: their bytes.
         The total size is printed first; too little free disk space is an error before anything

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ import zipfile
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long stall a shared machine
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # 0.2 ms: with none, a step is 16% slower
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # batches vary in length
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the next one
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # lengths vary
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -38,7 +40,7 @@ locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
 def run(program):
-    """Calls program() and ends the process at once: after an exception with code 1."""
+    """Calls program(), then exits without joining workers; with code 1 after an exception."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
     code = 0
@@ -49,13 +51,15 @@ def run(program):
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception:
-        traceback.print_exc()
         code = 1
+        with contextlib.suppress(OSError):  # a pipe whose reader has ended, or a full disk
+            traceback.print_exc()
     for worker in multiprocessing.active_children():
         worker.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # without joining workers: they may wait for a disk or for this process
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)  # workers may wait for a disk or for this process
 
 
 # ------------------------------------------------------------------ ranks and devices
@@ -95,10 +99,11 @@ def find_device(cpu_ok=False):
         gpus = torch.cuda.device_count()
         raise ValueError(f"{LOCAL_WORLD_SIZE} processes but {gpus} GPUs; lower --nproc_per_node")
     with contextlib.suppress(OSError, AttributeError):
-        # glibc returns large tensors to the system, whose clearing of new pages took a fifth of
-        # a step with Base teachers: set M_MMAP_MAX and M_TRIM_THRESHOLD against it.
-        ctypes.CDLL("libc.so.6").mallopt(-4, 0)
-        ctypes.CDLL("libc.so.6").mallopt(-1, -1)
+        # Keep freed tensors: glibc returned them to the system, and the page faults of new ones
+        # took a fifth of a step with Base teachers.
+        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_MAX, 0)
+        ctypes.CDLL("libc.so.6").mallopt(M_TRIM_THRESHOLD, -1)
     if LOCAL_WORLD_SIZE > 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # torchrun's default
         torch.set_num_threads(cores())
     return torch.device("cpu")
@@ -144,7 +149,7 @@ def gather(value):
 class StopSignal:
     """Records SIGTERM and Ctrl-C, so that the current step is finished and saved."""
 
-    number = 0  # of the class: a signal between two runs of a process ends the second
+    number = 0  # a class attribute: a signal between two main() calls stops the second
 
     def __init__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -178,7 +183,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def count(text, lowest=1):
-    """Flag type: a whole number from 1."""
+    """Flag type: a whole number from 1, or from `lowest`."""
     if int(text) < lowest:
         raise argparse.ArgumentTypeError(f"{text}: must be at least {lowest}")
     return int(text)
@@ -287,21 +292,23 @@ def load(path, mmap=False):
 def lock(folder):
     """Locks a folder until this process ends. Raises ValueError if another run has locked it."""
     os.makedirs(folder, exist_ok=True)
-    locks[folder] = FileLock(os.path.join(folder, "lock"))
+    # A soft lock would outlive a killed run.
+    locks[folder] = FileLock(os.path.join(folder, "lock"), fallback_to_soft=False)
     try:
         locks[folder].acquire(timeout=0)
-    except NotImplementedError:  # a file system without locks
-        pass
     except Timeout:
         remedy = "wait until it ends, or choose another --out"
         raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
+    except (OSError, NotImplementedError) as error:  # a file system without locks
+        if getattr(error, "errno", errno.ENOSYS) != errno.ENOSYS:
+            raise
     for name in os.listdir(folder):
         if name.endswith(".partial"):  # left by a killed run
             os.remove(os.path.join(folder, name))
 
 
 def load_latest(folder, keys):
-    """The newest undamaged checkpoint of a run, a dict with all `keys`, or None without any.
+    """The newest undamaged checkpoint of a run, a dict with all `keys`; None if there are no files.
 
     A damaged last.pt is named in a warning. Raises ValueError if none is undamaged.
     """

@@ -10,6 +10,7 @@ import runs
 from runs import RANK, WORLD_SIZE
 
 import argparse
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -321,7 +322,8 @@ class Log:
         self.step, self.time = step, time.monotonic()
         terms = f"loss {loss:.4f}  L1 {l1:.4f}  cosine {cosine:.4f}  lr {lr:.2e}"
         speed = f"{audio / seconds:.3g} s of audio/s  {left:.0f} min left"
-        print(f"step {step}/{self.args.steps}  {terms}  {speed}", flush=True)
+        with contextlib.suppress(OSError):  # tee may have ended: Ctrl-C ends it too
+            print(f"step {step}/{self.args.steps}  {terms}  {speed}", flush=True)
         row = {"step": step, "loss": loss, "l1": l1, "cosine": cosine, "lr": lr, "norm": norm}
         row["seconds"] = seconds
         for head, (head_l1, head_cosine) in zip(self.heads, means.t().tolist()):

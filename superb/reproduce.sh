@@ -32,7 +32,7 @@ VOXCELEB=${VOXCELEB-data/VoxCeleb1}       # a folder, or a .csv for --manifest o
 IEMOCAP=${IEMOCAP-data/IEMOCAP}           # a folder, or a .csv for --manifest of superb.er
 TEACHERS=${TEACHERS-hubert,robust_hubert,wavlm_plus}
 NAMES=${NAMES-HuBERT,RobustHuBERT,WavLM}  # of the teachers, in table and pictures
-HEADS=${HEADS-4,8,12}                     # layers; avg-one-head predicts the last alone
+HEADS=${HEADS-4,8,12}                     # layers of every teacher; avg-one-head: the last alone
 STEPS=${STEPS-200000}                     # of distillation
 SEEDS=${SEEDS-0}
 TASKS=${TASKS-pr sid er asr}
@@ -40,12 +40,12 @@ PAIRS=${PAIRS-yes}                        # students of two teachers; empty for 
 ROWS=${ROWS-}                             # folders of the rows to run; empty for all
 RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}   # learning rates of the probes
 TRAIN=${TRAIN-} PR=${PR-} SID=${SID-} ER=${ER-} ASR=${ASR-}    # more flags of the programs
-CACHE=${CACHE-}                           # folder of cached tensors; deleted after each row
+CACHE=${CACHE-}                           # folder of cached tensors, deleted once a row is complete
 OUT=${OUT-runs/reproduce}
 PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
-train=(python)
-((PROCESSES > 1)) && train=(torchrun --standalone --nproc_per_node="$PROCESSES")
-train+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
+distil=(python)
+((PROCESSES > 1)) && distil=(torchrun --standalone --nproc_per_node="$PROCESSES")
+distil+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
 failed=()
 
 stop() {  # the running program saves its state
@@ -83,14 +83,15 @@ evaluate() {  # evaluate TASK FLAGS...
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
     local row=$1 folder upstream=$5 seed task
-    local scratch=$CACHE/reproduce/${OUT//\//.}.${SEEDS// /.}/$row  # of this run alone
+    local failed_before=${#failed[@]} scratch
+    scratch=$CACHE/reproduce/run$(realpath "$OUT" | tr / .).${SEEDS// /.}/$row  # of this run alone
     grep -q "^$row"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
     [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
     for seed in $SEEDS; do
         folder=$OUT/$row/seed-$seed
         if [ "$4" = train ]; then
             upstream=$folder/student.pt
-            part "$row/seed-$seed" "${train[@]}" --teachers "${@:5}" --seed "$seed" \
+            part "$row/seed-$seed" "${distil[@]}" --teachers "${@:5}" --seed "$seed" \
                 --out "$folder" ${CACHE:+--cache "$scratch"} || continue
         fi
         for task in $TASKS; do
@@ -98,7 +99,7 @@ row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train T
                 --out "$folder/$task" ${CACHE:+--cache "$scratch"}
         done
     done
-    [ -z "$CACHE" ] || rm -rf "$scratch"
+    [[ -z $CACHE || ${#failed[@]} -gt $failed_before ]] || rm -rf "$scratch"
 }
 
 mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2

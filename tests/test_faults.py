@@ -233,6 +233,33 @@ def test_a_second_run_a_killed_worker_and_a_full_disk_leave_the_checkpoint_intac
     assert not list(out.glob("*.partial")) and state(out)["step"] >= saved + 5
 
 
+def test_a_run_whose_tee_has_ended_saves_its_step_at_a_signal(job, tmp_path):
+    settings = {"steps": 1000, "workers": 1, "save_every": 1000, "log_every": 1}
+    process = start(job, *flags(job, tmp_path / "out", **settings))
+    wait_for(process, "step 3/1000")
+    process.stdout.close()
+    process.stderr.close()
+    while metrics(tmp_path / "out")[-1]["step"] < 6:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert state(tmp_path / "out")["step"] == metrics(tmp_path / "out")[-1]["step"] >= 6
+
+
+def test_an_error_that_cannot_be_printed_ends_the_program_and_its_workers(tmp_path):
+    code = """
+import runs, multiprocessing, time
+def program():
+    multiprocessing.Process(target=time.sleep, args=[3600], daemon=False).start()
+    raise RuntimeError
+runs.run(program)
+"""
+    with open("/dev/full", "w") as full:
+        output = {"stdout": full, "stderr": full}
+        command = [sys.executable, "-c", code]
+        assert subprocess.run(command, cwd=ROOT, timeout=60, **output).returncode == 1
+
+
 STUCK = """
 import sys, time
 sys.path.insert(0, {root!r})

@@ -2,6 +2,8 @@
 
 import runs
 
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -86,6 +88,16 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
             runs.lock(str(tmp_path))
         other.kill()
     runs.lock(str(tmp_path))
+
+
+def test_a_file_system_without_locks_keeps_none(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for _ in range(2):
+        runs.lock(str(tmp_path))
+        del runs.locks[str(tmp_path)]
 
 
 def test_threads_wait_almost_passively_unless_the_user_says_otherwise():
