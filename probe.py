@@ -183,8 +183,8 @@ def evaluate(args, task, upstream, train, dev, test):
             losses, printed = [], time.monotonic()
         score_now = last or step % args.eval_every == 0
         if score_now:
-            references, texts = predict(args, task, upstream, probes, dev, stop)
-            for lr, probe, hypotheses in zip(args.lr, probes, texts):
+            references, per_probe = predict(args, task, upstream, probes, dev, stop)
+            for lr, probe, hypotheses in zip(args.lr, probes, per_probe):
                 counts, totals = task.count(references, hypotheses)
                 value = float(counts.sum() / totals.sum())
                 saved["curves"][f"{lr:g}"].append([step, value])
@@ -232,17 +232,17 @@ def evaluate(args, task, upstream, train, dev, test):
 
 @torch.no_grad()
 def predict(args, task, upstream, probes, split, stop):
-    """(references, per probe the hypotheses): per utterance, the symbols of task.decode."""
+    """(references, a list of hypotheses per probe): per utterance, the symbols of task.decode."""
     order = np.argsort(-split.corpus.samples, kind="stable")
     plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
-    hypotheses = [[None] * len(order) for _ in probes]
+    per_probe = [[None] * len(order) for _ in probes]
     loader = load_states(upstream, split, plan, args.workers, stop)
     for indices, (states, frames) in zip(plan, loader):
-        for probe, texts in zip(probes, hypotheses):
+        for probe, hypotheses in zip(probes, per_probe):
             predictions = task.predict(probe.eval()(states, frames), frames)
             for i, prediction in zip(indices, predictions):
-                texts[i] = task.decode(prediction)
-    return [task.decode(label.tolist()) for label in split.labels], hypotheses
+                hypotheses[i] = task.decode(prediction)
+    return [task.decode(label.tolist()) for label in split.labels], per_probe
 
 
 def bootstrap(per_utterance):

@@ -1,6 +1,6 @@
 """What --demo needs: synthetic speech, tables of speakers and emotions, and a comparison.
 
-The demo needs no download, and writes only to data/demo and runs/demo-AGG.
+The demo needs no download, and writes only to data/demo, data/demo.lock and runs/demo-AGG.
 """
 
 import runs
@@ -33,7 +33,7 @@ SETTINGS = {  # of the evaluations with --demo
     "sid": {"manifest": TABLES["sid"], "steps": 1500, "eval_every": 250},
     "er": {"manifest": TABLES["er"], "lr": "1e-2", "steps": 600, "eval_every": 100},
 }
-ROWS = {  # of the comparison: folder, group and name, as in rows.tsv
+ROWS = {  # of the comparison: folder and name, as in rows.tsv
     "first-teacher": "first teacher",
     "student": "student",
     "before-distillation": "before distillation",
@@ -103,12 +103,12 @@ def write_tables(folder):
         name = os.path.basename(path)
         speaker, _, number = name.removesuffix(".flac").split("-")
         speakers.append(f"{path},{speaker},{splits[int(number) % 5]}\n")
-        place = int(speaker) - 101
-        if place < 10:
-            label = labels[(int(number) + place // 5 * 2) % 4]
+        index = int(speaker) - 101
+        if index < 10:
+            label = labels[(int(number) + index // 5 * 2) % 4]
             waveform = express(read_audio(f"{folder}/{path}").numpy(), label)
             soundfile.write(f"{folder}/emotion/{name}", waveform, SAMPLE_RATE)
-            emotions.append(f"{name},{label},{place % 5}\n")
+            emotions.append(f"{name},{label},{index % 5}\n")
     runs.save(f"{folder}/speakers.csv", "".join(speakers))
     runs.save(f"{folder}/emotion/emotions.csv", "".join(emotions))
 
@@ -169,8 +169,8 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
         voices, rooms, rng = make_voices(split, *sizes, seed)
         for voice in voices:
             speaker += 1
-            place = f"{folder}/{split}/{speaker}/1"
-            os.makedirs(place, exist_ok=True)
+            chapter = f"{folder}/{split}/{speaker}/1"
+            os.makedirs(chapter, exist_ok=True)
             lines = []
             for number in range(utterances // len(voices)):
                 name = f"{speaker}-1-{number:04d}"
@@ -179,16 +179,16 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
                 room = rooms[rng.integers(len(rooms))]
                 audio = add_room_and_noise(audio, room, rng.uniform(*decibels), rng)
                 audio = (audio * 32767).astype(np.int16)
-                soundfile.write(f"{place}/{name}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
+                soundfile.write(f"{chapter}/{name}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
                 lines.append(f"{name} {' '.join(words)}\n")
-            runs.save(f"{place}/{speaker}-1.trans.txt", "".join(lines))
+            runs.save(f"{chapter}/{speaker}-1.trans.txt", "".join(lines))
     lines = [f"{word}\t{phonemes}\n" for word, phonemes in sorted(WORDS.items())]
     runs.save(f"{folder}/lexicon.txt", "".join(lines))
 
 
-def sample_words(rng, fewest, end):
-    """From `fewest` to `end` - 1 random words."""
-    return [str(word) for word in rng.choice(list(WORDS), rng.integers(fewest, end))]
+def sample_words(rng, low, high):
+    """From `low` to `high` - 1 random words."""
+    return [str(word) for word in rng.choice(list(WORDS), rng.integers(low, high))]
 
 
 def make_voices(split, speakers, rooms, seed=0):
