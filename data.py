@@ -240,7 +240,7 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
 
 
 def ignore_signals(worker):
-    """For workers, without which the main process could not finish its step."""
+    """For workers: signals reach them too, but the main process needs them to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

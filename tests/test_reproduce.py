@@ -46,12 +46,16 @@ def test_what_it_cannot_run_is_one_line(tmp_path):
 
 def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tmp_path):
     settings = {"ROWS": "fbank untrained", "TASKS": "sid", "OUT": "out", "VOXCELEB": "nowhere"}
-    done = reproduce(tmp_path, DATA="nowhere", **settings)
+    run = f"run{tmp_path.resolve()}/out.0".replace("/", ".")
+    cached = tmp_path / "cache/reproduce" / run / "fbank"
+    cached.mkdir(parents=True)
+    done = reproduce(tmp_path, DATA="nowhere", CACHE="cache", **settings)
     for part in ("fbank/seed-0/sid", "untrained/seed-0"):
         log = f"out/logs/{part.replace('/', '.')}.log"
         line = done.stderr.split(f"{part} failed")[1].splitlines()[0]
         assert "nowhere" in line and log in line and (tmp_path / log).exists()
     assert done.returncode == 1 and "untrained/seed-0/sid" not in done.stderr  # has no student
+    assert cached.exists()  # for the next try
 
 
 @pytest.mark.parametrize(
