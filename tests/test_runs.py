@@ -90,13 +90,15 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
     runs.lock(str(tmp_path))
 
 
-def test_a_file_system_without_locks_keeps_none(tmp_path, monkeypatch):
+def test_on_a_file_system_without_locks_nothing_is_locked(tmp_path, monkeypatch):
     def flock(*_):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):
         runs.lock(str(tmp_path))
+        # A marker would outlive a killed run.
+        assert [path.read_bytes() for path in tmp_path.iterdir()] in ([], [b""])
         del runs.locks[str(tmp_path)]
 
 
