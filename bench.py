@@ -3,7 +3,8 @@
     python bench.py --cache
     python bench.py --agg concat --precision bf16
 
-Other flags go to train.py; audio, teachers and batch size are set here. The first two steps of a run are not timed.
+Other flags go to train.py; audio, teachers and batch size are set here.
+The first two steps of a run are not timed.
 """
 
 import runs
