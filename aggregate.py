@@ -8,7 +8,7 @@ import torch
 
 
 def average(states):
-    """Layerwise average, more effective than concatenation in the paper: per layer, the mean.
+    """Layerwise average: per layer, the mean over teachers (in the paper, better than concat).
 
     states[teacher][layer]: (batch, frames, dim), the same dim for all teachers.
     Returns one (batch, frames, dim) target per layer, in float32.

@@ -38,7 +38,7 @@ class Corpus:
     root: folder that paths are relative to; paths: the file per utterance.
     starts, samples: (utterances,) int64, first sample in the file, and length.
     skipped: {path: reason} of the files that were found but cannot be used.
-    pieces: the paths of files listed in pieces; any other file must have its listed length.
+    pieces: the paths of files in several utterances; other files must have their listed length.
     """
 
     def __init__(self, root, paths, starts, samples, skipped=(), pieces=()):
@@ -261,8 +261,8 @@ def check_shared_memory(batch_bytes, workers):
 def resampled_length(samples, rate):
     """Length at 16 kHz of `samples` at `rate` Hz, rounded up.
 
-    Raises ValueError for rates that share no divisor from 25 with 16000: the resampling filter of
-    some, such as 11127 Hz, takes gigabytes.
+    Raises ValueError for rates whose greatest common divisor with 16000 is below 25: the
+    resampling filter of some, such as 11127 Hz, takes gigabytes.
     """
     if math.gcd(rate, SAMPLE_RATE) < 25:
         raise ValueError(f"a rate of {rate} Hz: resample it to 16000")
@@ -287,21 +287,21 @@ def read_audio(path, start=0, samples=None, file_samples=None):
         divisor = math.gcd(rate, SAMPLE_RATE)
         # Every `down` samples of the file become `up`; the filter is shorter than ten such blocks.
         up, down = SAMPLE_RATE // divisor, rate // divisor
-        first = max(0, start // up - 10)
-        last = (start + samples) // up + 11
-        offset = min(first * down, file.frames)
+        first_block = max(0, start // up - 10)
+        end_block = (start + samples) // up + 11
+        offset = min(first_block * down, file.frames)
         if file.seekable():
             file.seek(offset)
         else:  # such as GSM 6.10, whose frames can only be read in order
             file.read(offset)
-        audio = file.read((last - first) * down, dtype="float32", always_2d=True)
+        audio = file.read((end_block - first_block) * down, dtype="float32", always_2d=True)
     audio = torch.from_numpy(audio.mean(axis=1))
     if rate != SAMPLE_RATE and len(audio):
         expected = resampled_length(len(audio), rate)
-        # torchaudio rounds the length in float32: without padding, it may be a sample short.
-        padded = torch.nn.functional.pad(audio, (0, down))
+        # torchaudio rounds the length in float32: without padding, it may be too short.
+        padded = torch.nn.functional.pad(audio, (0, 10 * down))
         audio = torchaudio.functional.resample(padded, rate, SAMPLE_RATE)[:expected]
-    audio = audio[start - first * up :][:samples]
+    audio = audio[start - first_block * up :][:samples]
     if len(audio) < samples:
         raise ValueError(f"ends after {start + len(audio)} of {start + samples} samples")
     if not torch.isfinite(audio).all():

@@ -20,8 +20,8 @@ import zipfile
 if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long stall a shared machine
     os.environ["OMP_WAIT_POLICY"] = "passive"
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # 0.2 ms: with none, a step is 16% slower
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name of the next one
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # lengths vary
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches vary in length
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -57,8 +57,10 @@ def run(program):
     for worker in multiprocessing.active_children():
         worker.kill()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
+        try:
             stream.flush()
+        except OSError:
+            code = code or 1
     os._exit(code)  # workers may wait for a disk or for this process
 
 
@@ -223,7 +225,7 @@ def one_line_errors():
         if RANK == 0:
             text = " ".join(messages[0].split())
             print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
-        gather(None)  # torchrun ends all ranks as soon as one exits
+        gather(None)  # until rank 0 has printed: torchrun ends all ranks as soon as one exits
         sys.exit(2)
 
 
@@ -299,8 +301,8 @@ def lock(folder):
     except Timeout:
         remedy = "wait until it ends, or choose another --out"
         raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
-    except (OSError, NotImplementedError) as error:  # a file system without locks
-        if getattr(error, "errno", errno.ENOSYS) != errno.ENOSYS:
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a file system without locks
             raise
     for name in os.listdir(folder):
         if name.endswith(".partial"):  # left by a killed run

@@ -398,7 +398,7 @@ def download(url):
                 torch.hub.download_url_to_file(url, f"{partial}/file")
                 read_file(f"{partial}/file")  # torch.hub does not detect a truncated download
                 os.replace(f"{partial}/file", path)
-    except (OSError, ValueError, NotImplementedError) as error:  # the last: no file locks there
+    except (OSError, ValueError) as error:
         remedy = "try again, or set TORCH_HOME to another folder"
         raise OSError(f"{url}: not downloaded to {folder} ({error}); {remedy}") from None
     finally:

@@ -239,7 +239,7 @@ def test_a_run_whose_tee_has_ended_saves_its_step_at_a_signal(job, tmp_path):
     wait_for(process, "step 3/1000")
     process.stdout.close()
     process.stderr.close()
-    while metrics(tmp_path / "out")[-1]["step"] < 6:
+    while process.poll() is None and metrics(tmp_path / "out")[-1]["step"] < 6:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
@@ -254,9 +254,12 @@ def program():
     raise RuntimeError
 runs.run(program)
 """
+    quiet = "import runs; runs.run(lambda: print('a result'))"
     with open("/dev/full", "w") as full:
         output = {"stdout": full, "stderr": full}
         command = [sys.executable, "-c", code]
+        assert subprocess.run(command, cwd=ROOT, timeout=60, **output).returncode == 1
+        command = [sys.executable, "-c", quiet]
         assert subprocess.run(command, cwd=ROOT, timeout=60, **output).returncode == 1
 
 
