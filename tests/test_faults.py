@@ -256,7 +256,7 @@ runs.run(program)
 """
     quiet = "import runs; runs.run(lambda: print('a result'))"
     with open("/dev/full", "w") as full:
-        output = {"stdout": full, "stderr": full}
+        output = {"stdout": full, "stderr": full, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
         command = [sys.executable, "-c", code]
         assert subprocess.run(command, cwd=ROOT, timeout=60, **output).returncode == 1
         command = [sys.executable, "-c", quiet]
