@@ -1,22 +1,27 @@
-"""Aggregation: how the teachers' hidden states become the student's targets.
+"""The ensemble: how the hidden states of several teachers become the student's targets.
 
 Source: Huang et al. 2023, Ensemble knowledge distillation of self-supervised speech models,
 arXiv:2302.12757. Needs torch alone.
+
+    ensemble = Ensemble({"hubert": hubert, "wavlm": wavlm}, layers=[4, 8, 12], agg="avg")
+    targets = ensemble(waveforms)    # one (batch, frames, dim) per prediction head
 """
 
 import torch
 
 
-def average(states):
-    """Layerwise average: per layer, the mean over teachers (in the paper, better than concat).
+def average(states, weights=None):
+    """Layerwise average: per layer, the mean over teachers.
 
     states[teacher][layer]: (batch, frames, dim), the same dim for all teachers.
+    weights: one number per teacher, or None for equal weights.
     Returns one (batch, frames, dim) target per layer, in float32.
     """
-    return [
-        torch.stack([state.float() for state in layer]).mean(0)
-        for layer in zip(*states, strict=True)
-    ]
+    layers = [torch.stack(layer).float() for layer in zip(*states, strict=True)]
+    if weights is None:
+        return [layer.mean(0) for layer in layers]
+    shares = torch.tensor(weights, device=layers[0].device) / sum(weights)
+    return [torch.tensordot(shares, layer, dims=1) for layer in layers]
 
 
 def concatenate(states):
@@ -39,24 +44,79 @@ def separate(states):
 AGGREGATIONS = {"avg": average, "concat": concatenate, "none": separate}
 
 
-def heads(agg, layers, teachers):
-    """The student's prediction heads [(name, target dim), ...], in the order of the targets.
+class Ensemble:
+    """Frozen teachers, as one network from waveforms to targets.
 
-    agg: a key of AGGREGATIONS. teachers: [(name, dim), ...]. layers: one list per teacher.
-    Names: "layer4", "layer4-8" if the layers differ between teachers, "wavlm.layer4" for "none".
-    Raises ValueError if teachers to be averaged differ in dim.
+    teachers: {name: network}. A network needs `config.layers`, `config.dim` and
+        `config.conv_layers` [(channels, kernel, stride), ...], as an EncoderConfig has, and
+        `network(waveforms, layers=[4, 8])` gives one (batch, frames, dim) per requested layer.
+    layers: numbers of hidden states, one list for all teachers, or one list per teacher.
+    agg: a key of AGGREGATIONS. weights: of the teachers in an average, or None.
+    heads: [(name, target dim), ...], a prediction head of the student per target.
+    Raises ValueError for a layer that a teacher lacks, for frames that differ between teachers,
+    and for dims that cannot be aggregated.
     """
-    found = []
-    if agg == "none":
-        for (name, dim), numbers in zip(teachers, layers):
-            found += [(f"{name}.layer{number}", dim) for number in numbers]
-        return found
-    dims = [dim for _, dim in teachers]
-    if agg == "avg" and len(set(dims)) > 1:
-        widths = ", ".join(f"{name} {dim}" for name, dim in teachers)
-        raise ValueError(f"an average needs teachers of one dim, not {widths}; concat takes any")
-    for numbers in zip(*layers, strict=True):
-        same = len(set(numbers)) == 1
-        name = "layer" + "-".join(map(str, numbers[:1] if same else numbers))
-        found.append((name, dims[0] if agg == "avg" else sum(dims)))
-    return found
+
+    def __init__(self, teachers, layers, agg, weights=None):
+        self.names, self.teachers = list(teachers), list(teachers.values())
+        self.layers = layers if isinstance(layers[0], list) else [layers] * len(teachers)
+        self.aggregation = AGGREGATIONS[agg]
+        self.options = {} if weights is None else {"weights": weights}
+        if len(self.layers) != len(teachers):
+            given = f"{len(self.layers)} lists of layers for {len(teachers)} teachers"
+            raise ValueError(f"{given}; give one list for all, or one per teacher")
+        if weights is not None and (len(weights) != len(teachers) or min(weights) <= 0):
+            raise ValueError(
+                f"weights {weights} for {len(teachers)} teachers; give each one above 0"
+            )
+        first = [conv[1:] for conv in self.teachers[0].config.conv_layers]
+        for name, teacher, numbers in zip(self.names, self.teachers, self.layers):
+            highest = teacher.config.layers
+            if max(numbers) > highest:
+                raise ValueError(f"{name} has {highest} layers, no layer {max(numbers)}")
+            if [conv[1:] for conv in teacher.config.conv_layers] != first:
+                raise ValueError(f"{name}: its frames differ from those of {self.names[0]}")
+        self.heads = self.find_heads()
+
+    @torch.no_grad()
+    def __call__(self, waveforms):
+        """(batch, samples) to one (batch, frames, dim) target per head, in float32."""
+        states = [
+            teacher(waveforms, layers=layers) for teacher, layers in zip(self.teachers, self.layers)
+        ]
+        return [target.float() for target in self.aggregation(states, **self.options)]
+
+    def split(self, targets):
+        """One target per head, from all of them along the last dimension, as they are cached."""
+        return targets.split([dim for _, dim in self.heads], dim=-1)
+
+    def find_heads(self):
+        """The heads, from the targets that the aggregation makes of zeros.
+
+        Names: "layer4", "layer4-8" if the layers differ between teachers; "wavlm.layer4" if there
+        is a target per teacher and layer; otherwise "target1".
+        """
+        dims = [teacher.config.dim for teacher in self.teachers]
+        zeros = [[torch.zeros(1, 2, dim)] * len(self.layers[0]) for dim in dims]
+        function = f"aggregate.py: {self.aggregation.__name__}"
+        try:
+            targets = self.aggregation(zeros, **self.options)
+            shapes = [tuple(target.shape) for target in targets]
+        except Exception as error:
+            teachers = ", ".join(f"{name} {dim}" for name, dim in zip(self.names, dims))
+            reason = f"{type(error).__name__}: {error}"[:60]
+            raise ValueError(f"{function} fails for dims {teachers} ({reason})") from error
+        names = [f"target{number}" for number in range(1, len(shapes) + 1)]
+        if len(shapes) == len(self.layers[0]):
+            names = []
+            for numbers in zip(*self.layers):  # of all teachers
+                numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
+                names.append("layer" + "-".join(map(str, numbers)))
+        elif len(shapes) == sum(map(len, self.layers)):
+            pairs = zip(self.names, self.layers)
+            names = [f"{name}.layer{number}" for name, numbers in pairs for number in numbers]
+        for name, shape in zip(names, shapes):
+            if len(shape) != 3 or shape[:2] != (1, 2):
+                problem = f"{function} gives {name} the shape {shape}"
+                raise ValueError(f"{problem}, not (1, 2, dim), for states of 1 batch, 2 frames")
+        return [(name, shape[2]) for name, shape in zip(names, shapes)]

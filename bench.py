@@ -7,8 +7,6 @@ Other flags go to train.py; audio, teachers and batch size are set here.
 The first two steps of a run are not timed.
 """
 
-import runs
-
 import contextlib
 import tempfile
 import time
@@ -19,6 +17,8 @@ import soundfile
 import torch
 
 import data
+import manifest
+import program
 import train
 from encoder import EncoderConfig, SpeechEncoder
 
@@ -43,7 +43,7 @@ def write_audio(folder, seconds):
     for number, length in enumerate(seconds):
         noise = 0.1 * rng.standard_normal(int(length * data.SAMPLE_RATE))
         soundfile.write(f"{folder}/{number:03}.flac", noise, data.SAMPLE_RATE)
-    return data.find_corpus(folder, ["."])
+    return manifest.find_corpus(folder, ["."])
 
 
 def timed(function, part, times):
@@ -84,11 +84,11 @@ def time_steps(flags):
 
 
 def main(arguments=None):
-    with runs.one_line_errors():
-        parser = runs.Parser(__doc__.split("\n")[0])
+    with program.one_line_errors():
+        parser = program.Parser(__doc__.split("\n")[0])
         add = parser.add_argument
         add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="per utterance")
-        add("--steps", type=runs.count, default=5, help="timed steps per round")
+        add("--steps", type=program.count, default=5, help="timed steps per round")
         add("--cache", action="store_true", help="also time steps with cached targets")
         args, others = parser.parse_known_args(arguments)
     flags = ["--teachers", ",".join(TEACHERS), "--splits", ".", "--max-seconds", "inf"]
@@ -113,4 +113,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

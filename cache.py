@@ -1,18 +1,20 @@
 """Caches outputs of frozen networks, one file per utterance; training targets as int8."""
 
-import runs
-from runs import RANK, WORLD_SIZE
-
 import contextlib
 import hashlib
 import json
 import os
 import shutil
-import time
 
 import torch
 
+import checkpoint
 import data
+import program
+
+# Of the targets: raise it if a change of encoder.py or of quantize() changes them.
+VERSION = 1
+SIGNAL_EVERY = 16  # utterances
 
 
 def key(*parts):
@@ -48,7 +50,7 @@ class Cache:
     def load(self, i):
         """The tensors of utterance i. A damaged file is deleted: the next run computes it again."""
         try:
-            return runs.load(self.path(i))
+            return checkpoint.load(self.path(i))
         except ValueError as error:
             if not isinstance(error.__cause__, (OSError, MemoryError)):  # may be temporary
                 with contextlib.suppress(OSError):
@@ -64,7 +66,7 @@ class Cache:
         targets = self.load(i)
         frames = (samples - data.MIN_SAMPLES) // data.FRAME_SAMPLES + 1
         values = targets["values"][start // data.FRAME_SAMPLES :][:frames]
-        return {"values": values, "scale": targets["scale"]}
+        return {"values": values, "scale": targets["scale"], "zero": targets["zero"]}
 
     def is_missing(self, i):
         try:
@@ -79,44 +81,58 @@ class Cache:
         The total size is printed first; too little free disk space is an error before anything
         is computed. Exits on a signal; the same command resumes.
         """
-        with runs.one_line_errors():
+        with program.one_line_errors():
             os.makedirs(self.folder, exist_ok=True)
-            missing = [i for i in range(RANK, len(self.corpus), WORLD_SIZE) if self.is_missing(i)]
-        needed = sum(runs.gather(sum(sizes[i] for i in missing))) / 1e9
-        started = printed = time.monotonic()
-        with runs.one_line_errors():
+            missing = [
+                i
+                for i in range(program.RANK, len(self.corpus), program.WORLD_SIZE)
+                if self.is_missing(i)
+            ]
+        longest = max(program.gather(len(missing)))
+        needed = sum(program.gather(sum(sizes[i] for i in missing))) / 1e9
+        with program.one_line_errors():
             free = shutil.disk_usage(self.folder).free / 1e9
             message = f"{self.folder}: {sum(sizes) / 1e9:.3g} GB of {name}, {needed:.3g} to compute"
             if needed > free:
                 raise OSError(f"{message}, {free:.3g} GB free; choose another --cache")
-            if RANK == 0:
+            if program.RANK == 0:
                 print(message, flush=True)
-        for number, i in enumerate(missing, start=1):
-            if stop.number:
-                break
-            tensors = compute(i)
-            if tensors is not None:
-                path = self.path(i)
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                runs.save(path, tensors)
-            if RANK == 0 and time.monotonic() - printed > 20:
-                printed = time.monotonic()
-                left = (printed - started) / number * (len(missing) - number) / 60
-                print(f"{name}: {number} of {len(missing)}, {left:.0f} min left", flush=True)
+        progress = program.Progress(name, len(missing))
+        for number in range(longest):
+            # All ranks check for a signal to any of them, after equally many utterances.
+            signal = stop.received() if number % SIGNAL_EVERY == 0 else 0
+            if signal:
+                raise SystemExit(128 + signal)
+            if number < len(missing):
+                self.save(missing[number], compute(missing[number]))
+                progress.show(number + 1)
         signal = stop.received()
         if signal:
             raise SystemExit(128 + signal)
+
+    def save(self, i, tensors):
+        """Writes the tensors of utterance i, unless they are None."""
+        if tensors is not None:
+            path = self.path(i)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            checkpoint.save(path, tensors)
 
 
 # ------------------------------------------------------------------ targets in 8 bits
 
 
 def quantize(x):
-    """(frames, dim) float to int8 with one float32 scale per dimension."""
-    scale = x.float().abs().amax(0).clamp(min=1e-12) / 127
-    return {"values": (x / scale).round().to(torch.int8).cpu(), "scale": scale.cpu()}
+    """(frames, dim) float to int8, with a float32 scale and zero point per dim.
+
+    The range of a dim over time is divided into 254 steps.
+    """
+    low, high = x.float().aminmax(dim=0)
+    scale = ((high - low) / 254).clamp(min=1e-12)
+    zero = (high + low) / 2
+    values = ((x - zero) / scale).round().to(torch.int8)
+    return {"values": values.cpu(), "scale": scale.cpu(), "zero": zero.cpu()}
 
 
-def dequantize(values, scale):
-    """(..., frames, dim) float32 of int8 values and their (..., dim) scales."""
-    return values * scale[..., None, :]
+def dequantize(values, scale, zero):
+    """(..., frames, dim) float32 of int8 values and their (..., dim) scales and zero points."""
+    return values * scale[..., None, :] + zero[..., None, :]

@@ -3,14 +3,10 @@
 Works with torch, torchaudio, numpy and soundfile alone. All lengths are samples at 16 kHz.
 """
 
-import collections
-import concurrent.futures
 import math
 import os
-import re
 import shutil
 import signal
-import sys
 
 import numpy as np
 import soundfile
@@ -22,10 +18,6 @@ FRAME_SAMPLES = 320  # from one frame to the next
 MIN_SAMPLES = 400  # the receptive field of one frame
 CROP_MULTIPLE = 3200  # crop lengths are rounded down to a multiple of it, for few distinct shapes
 BATCH_TIMEOUT = 600  # seconds
-LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
-EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
-EXTENSIONS |= {".aif", ".oga", ".opus", ".snd", ".sph"}
-UNSUPPORTED = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr", ".3gp", ".ape", ".mka", ".wv"}
 UNREADABLE = (soundfile.SoundFileError, OSError, ValueError, TypeError)  # reading audio or a target
 
 
@@ -71,22 +63,6 @@ class Corpus:
         return read_audio(path, int(self.starts[i]) + start, samples, file_samples)
 
 
-def warn_skipped(skipped):
-    """Prints a warning per file, up to twenty. skipped: {path: reason}."""
-    for path in sorted(skipped)[:20]:
-        print(f"warning: skipped {path}: {skipped[path]}", file=sys.stderr, flush=True)
-    if len(skipped) > 20:
-        print(f"warning: skipped {len(skipped) - 20} more files", file=sys.stderr, flush=True)
-
-
-def check_skipped(skipped, total):
-    """Raises ValueError if over 1% of `total` files are skipped."""
-    if len(skipped) > 0.01 * total:
-        path = min(skipped)
-        count = f"{len(skipped)} of {total} audio files cannot be used, over 1%"
-        raise ValueError(f"{count}: {path}: {skipped[path]}")
-
-
 # ------------------------------------------------------------------ batches
 
 
@@ -105,7 +81,7 @@ class TrainBatches(torch.utils.data.Dataset):
 
     def __init__(self, corpus, batch_size, seed=0, rank=0, world_size=1, noise=None):
         if batch_size > len(corpus):
-            raise ValueError(f"--batch-size {batch_size} is more than the {len(corpus)} utterances")
+            raise ValueError(f"a batch of {batch_size} is more than the {len(corpus)} utterances")
         self.corpus, self.batch_size, self.seed = corpus, batch_size, seed
         share = batch_size // world_size
         self.columns = range(rank * share, (rank + 1) * share)
@@ -132,26 +108,29 @@ class TrainBatches(torch.utils.data.Dataset):
         """This rank's share of the batch of a step, from 0.
 
         "waveforms": (share, samples), and what else crop() returns; "paths": [str];
-        "skipped": {path: reason} of unreadable utterances, each replaced by the next readable
-        one of the batch. Raises ValueError if there is none.
+        "skipped": {"audio": {path: reason}, "noise": {path: reason}} of unreadable files. An
+        unreadable utterance is replaced by the next readable one of the batch; ValueError if there
+        is none.
         """
         epoch, row = divmod(step, self.steps_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.planned = epoch, self.plan(epoch)
         utterances, crops, offsets = self.planned
-        examples, paths, skipped = [], [], {}
+        examples, paths, skipped = [], [], {"audio": {}, "noise": {}}
         for column in self.columns:
             # The utterance of this column; if it is unreadable, the next one of the row.
             for i in np.roll(utterances[row], -column).tolist():
                 try:
-                    examples.append(self.crop(epoch, i, offsets[i], int(crops[row])))
-                    paths.append(self.corpus.paths[i])
-                    break
+                    crop = self.crop(epoch, i, offsets[i], int(crops[row]))
                 except UNREADABLE as error:
-                    # A damaged noise file counts once, however many utterances draw it.
-                    skipped[getattr(error, "noise", self.corpus.paths[i])] = str(error)
+                    skipped["audio"][self.corpus.paths[i]] = str(error)
+                    continue
+                skipped["noise"] |= crop.pop("skipped_noise", {})
+                examples.append(crop)
+                paths.append(self.corpus.paths[i])
+                break
             else:
-                path, reason = next(iter(skipped.items()))
+                path, reason = next(iter(skipped["audio"].items()))
                 raise ValueError(f"step {step + 1}: no utterance is readable: {path}: {reason}")
         batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
         return batch | {"paths": paths, "skipped": skipped}
@@ -162,59 +141,63 @@ class TrainBatches(torch.utils.data.Dataset):
         start = start // FRAME_SAMPLES * FRAME_SAMPLES
         crop = {"waveforms": self.corpus.read(i, start, samples)}
         if self.noise:
-            crop["noisy"] = self.noise.mix(crop["waveforms"], self.seed, epoch, i)
+            seeds = (self.seed, epoch, i)
+            crop["noisy"], crop["skipped_noise"] = self.noise.mix(crop["waveforms"], *seeds)
         if self.cache:
             crop |= self.cache.crop(i, start, samples)
         return crop
 
 
 class Noise:
-    """Noise of the audio files under a folder, for students of noisy speech.
+    """Noise to mix into speech, for students of noisy speech.
 
-    snr: [lowest, highest] signal-to-noise ratio of a waveform in dB, drawn uniformly, or [one].
-    probability: that noise is added to a waveform.
-    Raises as find_corpus does.
+    corpus: the Corpus of the noise. snr: [lowest, highest] signal-to-noise ratio of a waveform in
+        dB, drawn uniformly, or [one]. probability: that noise is added to a waveform.
     Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
     """
 
-    def __init__(self, folder, snr, probability=1.0):
+    def __init__(self, corpus, snr, probability=1.0):
         if len(snr) > 2 or not -100 <= snr[0] <= snr[-1] <= 100:
-            raise ValueError(f"--snr {snr}: give one ratio from -100 to 100, or low,high")
-        self.corpus = find_corpus(folder, ["."])
-        warn_skipped(self.corpus.skipped)
-        self.snr, self.probability = (snr[0], snr[-1]), probability
+            raise ValueError(f"a signal-to-noise ratio of {snr} dB: give -100 to 100, or low,high")
+        self.corpus, self.snr, self.probability = corpus, (snr[0], snr[-1]), probability
 
     def mix(self, waveform, *seeds):
-        """(samples,) with a random stretch of noise added; the seeds alone determine which.
+        """((samples,) with a random stretch of noise added, {path: reason} of unreadable noise).
 
+        The seeds alone determine the stretch. In place of an unreadable file, the next one is used.
         Noise that is shorter than the waveform is repeated; a silent stretch adds nothing.
-        Raises ValueError, with the path as attribute `noise`, for unreadable noise.
+        Raises ValueError if no noise is readable.
         """
         rng = np.random.default_rng(seeds)
         if rng.random() >= self.probability:
-            return waveform
-        i = int(rng.integers(len(self.corpus)))
-        start = int(rng.integers(max(1, self.corpus.samples[i] - len(waveform) + 1)))
-        length = min(len(waveform), int(self.corpus.samples[i]))
-        try:
-            noise = self.corpus.read(i, start, length)
-        except UNREADABLE as error:
-            problem = ValueError(f"its noise {self.corpus.paths[i]}: {error}")
-            problem.noise = self.corpus.paths[i]
-            raise problem from None
+            return waveform, {}
+        first, skipped = int(rng.integers(len(self.corpus))), {}
+        for number in range(len(self.corpus)):
+            i = (first + number) % len(self.corpus)
+            start = int(rng.integers(max(1, self.corpus.samples[i] - len(waveform) + 1)))
+            length = min(len(waveform), int(self.corpus.samples[i]))
+            try:
+                noise = self.corpus.read(i, start, length)
+                break
+            except UNREADABLE as error:
+                skipped[self.corpus.paths[i]] = str(error)
+        else:
+            path, reason = next(iter(skipped.items()))
+            raise ValueError(f"no noise is readable: {path}: {reason}")
         if length < len(waveform):
             noise = noise.roll(int(rng.integers(length)))
             noise = noise.repeat(-(-len(waveform) // length))[: len(waveform)]
         snr = torch.tensor(rng.uniform(*self.snr))
         if not noise.square().sum():  # silent, or so faint that its energy is 0 in float32
-            return waveform
-        return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype)
+            return waveform, skipped
+        return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype), skipped
 
 
 def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
     """Yields the dataset's items of `steps`, prepared ahead by `workers` processes.
 
-    stop: a runs.StopSignal; if it is received while no batch arrives, the program exits.
+    stop: an object with the `number` of a signal, or 0; after a signal the program exits if no
+        batch arrives.
     Raises RuntimeError if a worker dies, or if no batch arrives within ten minutes.
     """
     settings = {"timeout": 5, "worker_init_fn": ignore_signals} if workers else {}
@@ -307,151 +290,3 @@ def read_audio(path, start=0, samples=None, file_samples=None):
     if not torch.isfinite(audio).all():
         raise ValueError("has samples that are not finite")
     return audio
-
-
-# ------------------------------------------------------------------ finding files
-
-
-def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
-    """The Corpus of a folder's sub-folders `splits`, or of a manifest (.tsv).
-
-    Files longer than max_seconds become equal pieces of at most that; files shorter than a frame
-    are skipped. "." as split is the whole folder. Raises FileNotFoundError and ValueError.
-    """
-    corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
-    longest = int(corpus.samples.max())
-    if max_seconds is not None:
-        longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
-        if longest < 2 * MIN_SAMPLES:
-            raise ValueError(f"--max-seconds {max_seconds} is less than 0.05")
-    rows = []
-    for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
-        if length < MIN_SAMPLES:
-            corpus.skipped[path] = f"{length} samples, shorter than a frame"
-            continue
-        pieces = math.ceil(length / longest)
-        if pieces > 1:
-            corpus.pieces.add(path)
-        edges = start + np.arange(pieces + 1) * length // pieces
-        rows += [(path, first, end - first) for first, end in zip(edges, edges[1:])]
-    if not rows:
-        raise ValueError(f"{data}: no audio to train on")
-    return Corpus(corpus.root, *zip(*rows), corpus.skipped, corpus.pieces)
-
-
-def scan(folder, splits):
-    """The Corpus of the audio files under sub-folders of a folder, lengths from their headers."""
-    root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
-    for split in splits:
-        if not os.path.isdir(os.path.join(root, split)):
-            place = os.path.join(folder, split)
-            raise FileNotFoundError(f"{place}: no such folder (--data, --splits, --noise)")
-        for path in files_under(root, split):
-            ending = os.path.splitext(path)[1].lower()
-            if ending in EXTENSIONS:
-                found.add(path)
-            elif ending in UNSUPPORTED:
-                unsupported[ending] += 1
-    if unsupported:
-        counts = ", ".join(f"{count} {ending}" for ending, count in unsupported.items())
-        print(f"warning: {folder}: not read, convert to FLAC: {counts}", file=sys.stderr)
-    if not found:
-        raise ValueError(f"{folder}: no audio files in {', '.join(splits)}")
-    lengths, unreadable = read_lengths(root, sorted(found))
-    check_skipped(unreadable, len(found))
-    return Corpus(root, lengths, [0] * len(lengths), list(lengths.values()), unreadable)
-
-
-def files_under(root, folder):
-    """Paths relative to `root` of all files under its sub-folder; links are followed.
-
-    Names that begin with a dot are ignored, such as macOS's ._x.flac.
-    """
-    visited = set()
-    for place, folders, names in os.walk(os.path.join(root, folder), followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if os.path.realpath(place) in visited:
-            folders.clear()
-            continue
-        visited.add(os.path.realpath(place))
-        for name in names:
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(place, name), root)
-
-
-def read_lengths(root, paths):
-    """({path: samples} of the readable files, {path: reason} of the others), from headers."""
-
-    def length(path):
-        file = os.fsencode(os.path.join(root, path))  # bytes, since a path may not be UTF-8
-        try:
-            if re.search(r"[\t\r\n]", path):
-                return "a tab or line break in its name"
-            info = soundfile.info(file)
-            # ffmpeg and others write a length of 0 or 2^63 - 1 to a pipe.
-            if not 0 < info.frames < 10_000 * os.path.getsize(file):
-                raise ValueError(f"a length of {info.frames} in its header; encode it again")
-            return resampled_length(info.frames, info.samplerate)
-        except UNREADABLE as error:
-            return f"cannot be read: {error}"
-
-    if len(paths) > 10_000:
-        print(f"reading the headers of {len(paths):,} files in {root}", flush=True)
-    with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network disks have latency
-        found = dict(zip(paths, pool.map(length, paths)))
-    unreadable = {path: reason for path, reason in found.items() if isinstance(reason, str)}
-    return {path: n for path, n in found.items() if path not in unreadable}, unreadable
-
-
-def read_manifest(path, moved_root=None):
-    """The Corpus of a fairseq manifest: a root folder, then lines of `path<tab>samples`.
-
-    With three columns the middle one is the first sample of a piece of a file. A relative root is
-    relative to the manifest; moved_root replaces the root if it is a folder.
-    Raises FileNotFoundError and ValueError.
-    """
-    rows, pieces, root = [], set(), os.path.dirname(os.path.realpath(path))
-    for number, line in read_lines(path):
-        line = line.rstrip("\r\n")
-        row = re.fullmatch("([^\t]*)\t(?:([0-9]{1,15})\t)?([0-9]{1,15})", line)
-        if number == 1:
-            root = os.path.join(root, line.split("\t")[0])
-        elif row:
-            name, start, samples = row.groups()
-            rows.append((name, int(start or 0), int(samples)))
-            if start:
-                pieces.add(name)
-        else:
-            problem = f"not 'path<tab>samples': {line.strip()[:60]!r}"
-            raise ValueError(f"{path}, line {number}: {problem}")
-    if not rows:
-        raise ValueError(f"{path}: an empty manifest")
-    if moved_root and os.path.isdir(moved_root):
-        root = os.path.realpath(moved_root)
-    corpus = Corpus(root, *zip(*rows), pieces=pieces)
-    # Up to 100 files are checked: fairseq's wav2vec_manifest.py counts at the rate of the file.
-    checked = range(0, len(corpus), len(corpus) // 100 + 1)
-    found, _ = read_lengths(root, [corpus.paths[i] for i in checked])
-    if not found:
-        raise ValueError(f"{path}: {corpus.paths[0]} and others cannot be read in {root} (--data)")
-    whole = [i for i in checked if corpus.paths[i] in found and corpus.paths[i] not in pieces]
-    if whole and all(found[corpus.paths[i]] != corpus.samples[i] for i in whole):
-        first = corpus.paths[whole[0]]
-        cause = f"{first} has {found[first]} samples at 16 kHz, not {corpus.samples[whole[0]]}"
-        raise ValueError(f"{path}: {cause}; give --data the folder")
-    return corpus
-
-
-def write_manifest(path, corpus):
-    """Writes a Corpus for read_manifest, with three columns for pieces of files, else two."""
-    with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(f"{corpus.root}\n")
-        for name, start, samples in zip(corpus.paths, corpus.starts, corpus.samples):
-            first = f"{start}\t" if name in corpus.pieces else ""
-            file.write(f"{name}\t{first}{samples}\n")
-
-
-def read_lines(path):
-    """[(line number from 1, line)] of the lines of a text that are not blank."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        return [(number, line) for number, line in enumerate(file, start=1) if line.strip()]

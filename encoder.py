@@ -29,7 +29,7 @@ class EncoderConfig:
     projection_norm: bool = True  # LayerNorm before the projection (False in DistilHuBERT)
     dim: int = 768
     ffn_dim: int = 3072
-    heads: int = 12
+    attention_heads: int = 12
     layers: int = 12
     pre_norm: bool = False  # LayerNorm before attention and feed-forward (Large), else after
     pos_kernel: int = 128
@@ -57,11 +57,11 @@ class SpeechEncoder(nn.Module):
         self.feature_projection = nn.Sequential(OrderedDict(norm=norm, projection=projection))
         self.feature_projection.apply(init_linear)
         self.positional_embedding = PositionalEmbedding(config)
-        self.norm = nn.LayerNorm(config.dim)
+        self.norm = nn.LayerNorm(config.dim)  # before layer 1; with pre_norm, after the last layer
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
         if config.relative_buckets:
-            self.relative_position = nn.Embedding(config.relative_buckets, config.heads)
+            self.relative_position = nn.Embedding(config.relative_buckets, config.attention_heads)
 
     def frames(self, samples):
         """Number of frames of `samples`, an int or integer tensor; 0 if too short (Base: 400).
@@ -84,10 +84,10 @@ class SpeechEncoder(nn.Module):
         Raises ValueError for an unknown layer, wrong shapes, or an utterance below one frame.
         """
         config = self.config
-        layers = list(range(config.layers + 1)) if layers is None else layers
-        if not all(0 <= layer <= config.layers for layer in layers):
-            raise ValueError(f"layers {layers}: this encoder has states 0 to {config.layers}")
-        lengths = self.check_lengths(waveforms, lengths)
+        requested = list(range(config.layers + 1)) if layers is None else layers
+        if not all(0 <= number <= config.layers for number in requested):
+            raise ValueError(f"layers {requested}: this encoder has states 0 to {config.layers}")
+        lengths = self.lengths_of_padded(waveforms, lengths)
         if lengths is not None:
             waveforms = waveforms.masked_fill(padding_mask(lengths, waveforms.shape[1]), 0)
         if config.normalize:
@@ -103,9 +103,9 @@ class SpeechEncoder(nn.Module):
         keys = (frames + 7) // 8 * 8  # GPU kernels need masks of 8n keys; SelfAttention slices them
         padding = mask = bias = None
         if lengths is not None:
-            valid = self.frames(lengths)
-            padding = padding_mask(valid, frames)[:, :, None]
-            mask = ~padding_mask(valid, keys)[:, None, None]  # True: attended to
+            frame_lengths = self.frames(lengths)
+            padding = padding_mask(frame_lengths, frames)[:, :, None]
+            mask = ~padding_mask(frame_lengths, keys)[:, None, None]  # True: attended to
         if config.relative_buckets:
             bias = self.position_bias(frames, keys)
 
@@ -114,17 +114,17 @@ class SpeechEncoder(nn.Module):
             x = self.norm(x)
         x = self.dropout(x)
         states = {0: x}
-        for number, layer in enumerate(self.layers[: max(layers, default=0)], start=1):
+        for number, layer in enumerate(self.layers[: max(requested, default=0)], start=1):
             x = layer(x, mask, bias)
-            if number in layers:
+            if number in requested:
                 states[number] = x
-        if config.pre_norm and config.layers in layers:
+        if config.pre_norm and config.layers in requested:
             states[config.layers] = self.norm(x)
         if padding is not None:
             states = {number: state.masked_fill(padding, 0) for number, state in states.items()}
-        return [states[layer] for layer in layers]
+        return [states[number] for number in requested]
 
-    def check_lengths(self, waveforms, lengths):
+    def lengths_of_padded(self, waveforms, lengths):
         """The lengths on the waveforms' device, or None if nothing is padded.
 
         Lengths on a GPU are not checked, which would force a sync.
@@ -264,14 +264,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.heads = config.heads
+        self.heads = config.attention_heads
         self.dropout = config.dropout
         self.qkv = nn.Linear(config.dim, 3 * config.dim)
         self.out = nn.Linear(config.dim, config.dim)
         self.gated = config.relative_buckets > 0 and config.relative_gate
         if self.gated:
-            self.gate = nn.Linear(config.dim // config.heads, 8)
-            self.gate_scale = nn.Parameter(torch.ones(1, config.heads, 1, 1))
+            self.gate = nn.Linear(config.dim // config.attention_heads, 8)
+            self.gate_scale = nn.Parameter(torch.ones(1, config.attention_heads, 1, 1))
 
     def forward(self, x, mask=None, bias=None):
         """mask: (batch, 1, 1, keys), False in the padding. bias: (heads, frames, keys)."""

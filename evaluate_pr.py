@@ -6,8 +6,6 @@
 The same command resumes a run.
 """
 
-import runs
-
 import os
 import re
 
@@ -16,8 +14,9 @@ import torch
 import torchaudio
 from torch import nn
 
-import data
-import probe
+import manifest
+import program
+from superb import probe
 from superb.upstream import Split, Upstream
 
 SPLITS = "train-clean-100,dev-clean,test-clean"
@@ -28,9 +27,9 @@ PROBABILITY = re.compile(r"1|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+(\.|e-?[0-9]+)")
 
 def make_parser():
     parser = probe.make_parser(__doc__, "pr", lr="1e-2")  # s3prl's libriphone.yaml
-    parser.add_argument("--splits", type=runs.names, default=SPLITS, help="train, dev and test")
+    parser.add_argument("--splits", type=program.names, default=SPLITS, help="train, dev and test")
     about = "files of lines WORD PHONE PHONE ...; the first line of a word counts"
-    parser.add_argument("--lexicon", type=runs.names, default=LEXICON, help=about)
+    parser.add_argument("--lexicon", type=program.names, default=LEXICON, help=about)
     return parser
 
 
@@ -45,7 +44,7 @@ def read_lexicon(paths):
         if not os.path.isfile(path):
             source = "LibriSpeech's is at www.openslr.org/resources/11/librispeech-lexicon.txt"
             raise FileNotFoundError(f"{path}: no such --lexicon; {source}")
-        for number, line in data.read_lines(path):
+        for number, line in manifest.read_lines(path):
             text = re.split(r"\s#", line.strip())[0]
             if text.startswith((";;;", "# ")):
                 continue
@@ -67,13 +66,13 @@ def read_split(folder, name, encode):
 
     encode(words): numbers of symbols; if it raises ValueError, the utterance is skipped.
     """
-    corpus = data.find_corpus(folder, [name])
+    corpus = manifest.find_corpus(folder, [name])
     audio = {os.path.splitext(path)[0]: i for i, path in enumerate(corpus.paths)}
     skipped = {os.path.splitext(path)[0]: reason for path, reason in corpus.skipped.items()}
     labels = {}
-    files = [file for file in data.files_under(folder, name) if file.endswith(".trans.txt")]
+    files = [file for file in manifest.files_under(folder, name) if file.endswith(".trans.txt")]
     for file in sorted(files):
-        for number, line in data.read_lines(os.path.join(folder, file)):
+        for number, line in manifest.read_lines(os.path.join(folder, file)):
             id, *words = line.split()
             stem = os.path.join(os.path.dirname(file), id)
             if stem in labels or not (stem in audio or stem in skipped):
@@ -172,14 +171,14 @@ class PhonemeRecognition:
 
 
 def evaluate(args):
-    with runs.one_line_errors():
+    with program.one_line_errors():
         task = PhonemeRecognition(read_lexicon(args.lexicon))
     return evaluate_task(args, task)
 
 
 def evaluate_task(args, task):
     """The result of args.upstream in a task whose labels come from transcripts."""
-    with runs.one_line_errors():
+    with program.one_line_errors():
         if len(args.splits) != 3:
             raise ValueError(f"--splits {','.join(args.splits)}: give three: train, dev and test")
         splits = [read_split(args.data, name, task.encode) for name in args.splits]
@@ -192,4 +191,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

@@ -5,13 +5,13 @@
 The folder is a HuBERT with a model card. save_official writes fairseq's form and others.
 """
 
-import runs
-
 import json
 import os
 
 import torch
 
+import checkpoint
+import program
 from student import load_student
 from teachers import official_name, qkv_parts
 
@@ -20,13 +20,13 @@ SETTINGS = [  # field of EncoderConfig, name in fairseq, name in transformers
     ("conv_bias", "conv_bias", "conv_bias"),
     ("dim", "encoder_embed_dim", "hidden_size"),
     ("ffn_dim", "encoder_ffn_embed_dim", "intermediate_size"),
-    ("heads", "encoder_attention_heads", "num_attention_heads"),
+    ("attention_heads", "encoder_attention_heads", "num_attention_heads"),
     ("layers", "encoder_layers", "num_hidden_layers"),
     ("pre_norm", "layer_norm_first", "do_stable_layer_norm"),
     ("pos_kernel", "conv_pos", "num_conv_pos_embeddings"),
     ("pos_groups", "conv_pos_groups", "num_conv_pos_embedding_groups"),
 ]
-CARD_SETTINGS = "agg heads steps splits init dropout batch_size lr weight_decay warmup clip "
+CARD_SETTINGS = "agg steps splits init dropout batch_size lr weight_decay warmup clip "
 CARD_SETTINGS += "cosine_weight max_seconds precision seed"
 CARD = """\
 ---
@@ -101,7 +101,7 @@ def save_official(encoder, path, form, dtype=torch.float32):
         "s3prl": {"model_cfg": model, "task_cfg": task, "model_weight": weights},
         "microsoft": {"cfg": model | task | wavlm, "model": weights},
     }
-    runs.save(path, contents[form])
+    checkpoint.save(path, contents[form])
 
 
 def write_transformers(student, folder, about=None):
@@ -133,10 +133,10 @@ def write_transformers(student, folder, about=None):
         weights["feature_projection.projection.bias"] = torch.zeros(c.dim)
     name = os.path.basename(os.path.abspath(folder))
     os.makedirs(folder, exist_ok=True)
-    runs.save(f"{folder}/config.json", json.dumps(config, indent=2))
-    runs.save(f"{folder}/preprocessor_config.json", json.dumps(preprocessor, indent=2))
-    runs.save(f"{folder}/README.md", model_card(student, name, about or {}))
-    runs.save(f"{folder}/pytorch_model.bin", weights)
+    checkpoint.save(f"{folder}/config.json", json.dumps(config, indent=2))
+    checkpoint.save(f"{folder}/preprocessor_config.json", json.dumps(preprocessor, indent=2))
+    checkpoint.save(f"{folder}/README.md", model_card(student, name, about or {}))
+    checkpoint.save(f"{folder}/pytorch_model.bin", weights)
 
 
 def model_card(student, name, about):
@@ -175,8 +175,8 @@ def model_card(student, name, about):
 
 
 def main(arguments=None):
-    with runs.one_line_errors():
-        parser = runs.Parser(__doc__.split("\n")[0])
+    with program.one_line_errors():
+        parser = program.Parser(__doc__.split("\n")[0])
         parser.add_argument("student", help="student.pt of train.py, or its folder")
         parser.add_argument("--to", required=True, metavar="DIR", help="new folder")
         parser.add_argument("--language", help="of the training data, for the card, such as en")
@@ -186,11 +186,11 @@ def main(arguments=None):
         if os.path.isdir(path):
             path = os.path.join(path, "student.pt")
         student = load_student(path)
-        about = runs.load(path) | {"language": args.language, "license": args.license}
-        about |= runs.read_json(os.path.join(os.path.dirname(path), "config.json"))
+        about = checkpoint.load(path) | {"language": args.language, "license": args.license}
+        about |= checkpoint.read_json(os.path.join(os.path.dirname(path), "config.json"))
         write_transformers(student, args.to, about)
     print(f"{args.to}: a HuBERT for transformers; {args.to}/README.md is its model card")
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

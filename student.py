@@ -6,8 +6,6 @@
 Source: DistilHuBERT, arXiv:2110.01900; heads per teacher: arXiv:2302.12757.
 """
 
-import runs
-
 import dataclasses
 import math
 import os
@@ -15,6 +13,7 @@ import os
 import torch
 from torch import nn
 
+import checkpoint
 from encoder import EncoderConfig, SpeechEncoder
 
 FORMAT = "ekd-student-1"
@@ -53,7 +52,9 @@ def student_config(teacher, layers=2, dropout=0.1, dim=None):
     sizes |= {"weight_norm": True, "conv_gradient_scale": 0.1}
     if dim not in (None, teacher.dim):
         sizes |= {"dim": dim, "ffn_dim": 4 * dim, "projection": True}
-        sizes["heads"] = next(n for n in range(1, dim + 1) if dim % n == 0 and dim / n <= 64)
+        sizes["attention_heads"] = next(
+            n for n in range(1, dim + 1) if dim % n == 0 and dim / n <= 64
+        )
         sizes["pos_groups"] = math.gcd(dim, teacher.pos_groups)
     return dataclasses.replace(teacher, **sizes)
 
@@ -85,11 +86,11 @@ def save_student(student, path, **about):
     weights = {name: weight.detach().cpu() for name, weight in student.state_dict().items()}
     config = dataclasses.asdict(student.encoder.config)
     content = {"format": FORMAT, "config": config, "heads": heads, "weights": weights}
-    runs.save(path, content | about)
+    checkpoint.save(path, content | about)
 
 
 def load_student(path, device="cpu"):
-    """The Student of a student.pt or of the folder of a run, in eval mode.
+    """The Student of a student.pt or of the folder of a run, frozen and in eval mode.
 
     Raises FileNotFoundError or ValueError, in one line.
     """
@@ -97,9 +98,12 @@ def load_student(path, device="cpu"):
         path = os.path.join(path, "student.pt")
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such student; train.py writes OUT/student.pt")
-    saved = runs.load(path)
+    saved = checkpoint.load(path)
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise ValueError(f"{path}: not a student that train.py wrote")
-    student = Student(EncoderConfig(**saved["config"]), saved["heads"])
+    sizes = saved["config"]
+    if "heads" in sizes:  # the older name
+        sizes["attention_heads"] = sizes.pop("heads")
+    student = Student(EncoderConfig(**sizes), saved["heads"])
     student.load_state_dict(saved["weights"])
-    return student.to(device).eval()
+    return student.to(device).eval().requires_grad_(False)

@@ -3,10 +3,9 @@
     teacher = load_teacher("hubert")                  # or a path
     states = teacher(waveforms, layers=[4, 8, 12])    # three of (batch, frames, dim)
 
-Needs torch, numpy, encoder.py and runs.py. Papers: see encoder.py; RobustHuBERT arXiv:2302.12757.
+Needs torch, filelock, encoder.py and checkpoint.py.
+Papers: see encoder.py; RobustHuBERT: arXiv:2302.12757.
 """
-
-import runs
 
 import contextlib
 import dataclasses
@@ -18,11 +17,13 @@ import pickletools
 import re
 import socket
 import tempfile
+import warnings
 import zipfile
 
 import torch
 from filelock import FileLock
 
+import checkpoint
 from encoder import EncoderConfig, SpeechEncoder
 
 S3PRL = "https://huggingface.co/s3prl/converted_ckpts/resolve/main"
@@ -59,7 +60,11 @@ def load_teacher(name_or_path, device="cpu"):
 
 def digest(encoder):
     """16 hex digits of a hash over the sizes and weights of a SpeechEncoder."""
-    content = hashlib.sha256(str(dataclasses.asdict(encoder.config)).encode())
+    defaults = dataclasses.asdict(EncoderConfig())
+    sizes = dataclasses.asdict(encoder.config)
+    # Without defaults, so that a field added to EncoderConfig changes no digest.
+    sizes = {name: size for name, size in sizes.items() if size != defaults[name]}
+    content = hashlib.sha256(str(sizes).encode())
     for weight in encoder.state_dict().values():
         content.update(weight.detach().cpu().contiguous().numpy().tobytes())
     return content.hexdigest()[:16]
@@ -71,30 +76,6 @@ def short_names(paths):
     if len(set(names)) < len(names):
         names = [f"{name}-{number}" for number, name in enumerate(names, start=1)]
     return names
-
-
-def layers_per_teacher(layers, teachers, names):
-    """A list of layers per teacher, from such lists or from one list for all teachers.
-
-    Raises ValueError if a teacher has fewer layers.
-    """
-    if not isinstance(layers[0], list):
-        layers = [layers] * len(teachers)
-    if len(layers) != len(teachers):
-        found = f"{len(layers)} lists of layers for {len(teachers)} teachers"
-        raise ValueError(f"{found}; give one list for all, or one per teacher")
-    for name, teacher, highest in zip(names, teachers, map(max, layers)):
-        if highest > teacher.config.layers:
-            raise ValueError(f"{name} has {teacher.config.layers} layers, no layer {highest}")
-    return layers
-
-
-def check_frames(teachers, names):
-    """Raises ValueError if a teacher's frames differ from those of the first teacher."""
-    frames = [[layer[1:] for layer in teacher.config.conv_layers] for teacher in teachers]
-    for name, found in zip(names, frames):
-        if found != frames[0]:
-            raise ValueError(f"{name}: its frames differ from those of {names[0]}")
 
 
 # ------------------------------------------------------------------ weights
@@ -221,11 +202,11 @@ def encoder_config(path, form, weights, settings):
     gated = count("layers.*.attention.gate*") > 0
     buckets, distance = 0, EncoderConfig.relative_distance
     if gated or "relative_position.weight" in weights:  # WavLM
-        buckets, heads = shape("relative_position.weight", 2)
+        buckets, attention_heads = shape("relative_position.weight", 2)
         distance = setting(int, "max_distance", "max_bucket_distance", distance)
     else:
-        heads = {768: 12, 1024: 16, 1280: 16}.get(dim, dim // group_channels)  # else a guess
-        heads = setting(int, "encoder_attention_heads", "num_attention_heads", heads)
+        default = {768: 12, 1024: 16, 1280: 16}.get(dim, dim // group_channels)  # else a guess
+        attention_heads = setting(int, "encoder_attention_heads", "num_attention_heads", default)
     config = EncoderConfig(
         conv_layers=tuple((out, kernel, s) for (out, _, kernel), s in zip(convs, strides)),
         conv_norm="layer" if large else "group",
@@ -234,7 +215,7 @@ def encoder_config(path, form, weights, settings):
         projection_norm=count("feature_projection.norm.*") > 0,
         dim=dim,
         ffn_dim=ffn_dim,
-        heads=heads,
+        attention_heads=attention_heads,
         layers=setting(int, "encoder_layers", "num_hidden_layers", count("layers.*.ffn_in.weight")),
         pre_norm=setting(bool, "layer_norm_first", "do_stable_layer_norm", large and not depth),
         pos_kernel=pos_kernel,
@@ -248,7 +229,7 @@ def encoder_config(path, form, weights, settings):
     assumed.pop("num_hidden_layers", None)  # counted from the weights
     if assumed:
         text = ", ".join(f"{name} {value}" for name, value in assumed.items())
-        runs.warn(f"{path}: not in its configuration, so assumed: {text}")
+        warnings.warn(f"{path}: not in its configuration, so assumed: {text}")
     return config
 
 
@@ -329,7 +310,7 @@ def read_checkpoint(path):
     else:  # transformers with files of settings, torchaudio without
         weights, settings = content, {}
         for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
-            found = runs.read_json(os.path.join(os.path.dirname(path), name))
+            found = checkpoint.read_json(os.path.join(os.path.dirname(path), name))
             settings |= found.get("feature_extractor", found)  # nested since transformers 5
         if settings.get("model_type") == "data2vec-audio":
             settings["do_stable_layer_norm"] = False
@@ -348,7 +329,7 @@ def read_file(path):
     if start[8:] == b"{":  # safetensors: 8 bytes of length, then a JSON header
         return read_safetensors(path)
     classes = []
-    with contextlib.suppress(Exception), open(path, "rb") as file:  # runs.load reports damage
+    with contextlib.suppress(Exception), open(path, "rb") as file:  # checkpoint.load reports damage
         if zipfile.is_zipfile(path):
             classes = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         else:  # before torch 1.6: pickles of magic number, protocol, system and content
@@ -358,7 +339,7 @@ def read_file(path):
     classes = [(Placeholder, name) for name in classes if PLACEHOLDERS.match(name)]
     try:
         with torch.serialization.safe_globals(classes):
-            return runs.load(path, mmap=zipfile.is_zipfile(path))
+            return checkpoint.load(path, mmap=zipfile.is_zipfile(path))
     except ValueError as error:
         code = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
         if code:

@@ -3,8 +3,6 @@
 The demo needs no download, and writes only to data/demo, data/demo.lock and runs/demo-AGG.
 """
 
-import runs
-
 import argparse
 import collections
 import glob
@@ -15,6 +13,8 @@ import numpy as np
 import soundfile
 from filelock import FileLock
 
+import checkpoint
+import program
 from data import SAMPLE_RATE, read_audio
 
 DATA = "data/demo"
@@ -61,9 +61,9 @@ def train_student(folder, *flags):
     import train  # not above: train.py imports this file
 
     student = f"{folder}/student.pt"
-    with runs.one_line_errors():
-        settings = runs.read_json(f"{folder}/config.json").get("settings", {})
-        finished = os.path.exists(student) and runs.load(student)["step"] == settings["steps"]
+    with program.one_line_errors():
+        settings = checkpoint.read_json(f"{folder}/config.json").get("settings", {})
+        finished = os.path.exists(student) and checkpoint.load(student)["step"] == settings["steps"]
     if not finished:
         print(f"demo: {student} is not finished, running train.py --demo", flush=True)
         train.main(["--demo", "--out", folder, *flags])
@@ -76,9 +76,9 @@ def compare(evaluate, args):
 
     folder = args.out or RUN
     lines = [f"{row}\t\t{name}\n" for row, name in ROWS.items()]
-    with runs.one_line_errors():
+    with program.one_line_errors():
         os.makedirs(folder, exist_ok=True)
-        runs.save(f"{folder}/rows.tsv", "".join(lines))
+        checkpoint.save(f"{folder}/rows.tsv", "".join(lines))
     before = train_student(f"{RUN}/before-distillation", "--steps", "0")
     upstreams = [TEACHERS[0], train_student(RUN), before, "fbank"]
     for row, upstream in zip(ROWS, upstreams):
@@ -109,8 +109,8 @@ def write_tables(folder):
             waveform = express(read_audio(f"{folder}/{path}").numpy(), label)
             soundfile.write(f"{folder}/emotion/{name}", waveform, SAMPLE_RATE)
             emotions.append(f"{name},{label},{index % 5}\n")
-    runs.save(f"{folder}/speakers.csv", "".join(speakers))
-    runs.save(f"{folder}/emotion/emotions.csv", "".join(emotions))
+    checkpoint.save(f"{folder}/speakers.csv", "".join(speakers))
+    checkpoint.save(f"{folder}/emotion/emotions.csv", "".join(emotions))
 
 
 def express(audio, emotion):
@@ -181,9 +181,9 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
                 audio = (audio * 32767).astype(np.int16)
                 soundfile.write(f"{chapter}/{name}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
                 lines.append(f"{name} {' '.join(words)}\n")
-            runs.save(f"{chapter}/{speaker}-1.trans.txt", "".join(lines))
+            checkpoint.save(f"{chapter}/{speaker}-1.trans.txt", "".join(lines))
     lines = [f"{word}\t{phonemes}\n" for word, phonemes in sorted(WORDS.items())]
-    runs.save(f"{folder}/lexicon.txt", "".join(lines))
+    checkpoint.save(f"{folder}/lexicon.txt", "".join(lines))
 
 
 def sample_words(rng, low, high):

@@ -1,13 +1,12 @@
 """Train the demo's three teachers from scratch: python -m demo.train_teachers demo"""
 
-import runs
-
 import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import program
 from demo import speech
 from encoder import EncoderConfig, SpeechEncoder
 from export import save_official
@@ -42,7 +41,13 @@ def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
     for name, count, lr in zip(FORMATS, steps, (2e-3, 1e-3, 1e-3)):
         torch.manual_seed(seed)
         config = EncoderConfig(
-            CONVOLUTIONS, dim=64, ffn_dim=128, heads=4, layers=4, pos_kernel=32, pos_groups=4
+            CONVOLUTIONS,
+            dim=64,
+            ffn_dim=128,
+            attention_heads=4,
+            layers=4,
+            pos_kernel=32,
+            pos_groups=4,
         )
         if name == "wavlm":
             config.relative_buckets, config.relative_distance = 32, 128
@@ -114,14 +119,14 @@ def sample_batch(name, corpus, rooms, batch_size, rng, samples=24080):
 
 
 def main(arguments=None):
-    with runs.one_line_errors():
-        parser = runs.Parser("Train the demo's three teachers from scratch.")
+    with program.one_line_errors():
+        parser = program.Parser("Train the demo's three teachers from scratch.")
         parser.add_argument("folder", metavar="DIR", help="gets the three checkpoints")
         folder = parser.parse_args(arguments).folder
-    runs.find_device(cpu_ok=True)
+    program.find_device(cpu_ok=True)
     train_teachers(folder)
     print(f"{folder}: {', '.join(f'{name}.pt' for name in FORMATS)}")
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

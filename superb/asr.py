@@ -6,14 +6,13 @@
 The same command resumes a run.
 """
 
-import runs
-
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchaudio.transforms import SpecAugment
 
-import probe
+import program
 from evaluate_pr import SPLITS, PhonemeRecognition, evaluate_task
+from superb import probe
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
 
@@ -21,8 +20,10 @@ CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's
 def make_parser():
     parser = probe.make_parser(__doc__, "asr", steps=200_000, batch_size=16, eval_every=2000)
     # s3prl's file says 32, but its dataset.py halves batches of long utterances.
-    parser.add_argument("--splits", type=runs.names, default=SPLITS, help="train, dev and test")
-    parser.add_argument("--hidden", type=runs.count, default=1024, help="units per LSTM direction")
+    parser.add_argument("--splits", type=program.names, default=SPLITS, help="train, dev and test")
+    parser.add_argument(
+        "--hidden", type=program.count, default=1024, help="units per LSTM direction"
+    )
     return parser
 
 
@@ -86,4 +87,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

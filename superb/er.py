@@ -8,8 +8,6 @@ The score is the mean over five folds: each session of IEMOCAP is the test set o
 on the other four. Excited counts as happy. The same command resumes a run.
 """
 
-import runs
-
 import argparse
 import glob
 import os
@@ -17,9 +15,10 @@ import re
 
 import numpy as np
 
-import data
-import probe
+import manifest
+import program
 from cache import key
+from superb import probe
 from superb.sid import Classification, make_split, read_corpus, read_table
 from superb.upstream import Upstream
 
@@ -40,7 +39,7 @@ def read_iemocap(folder):
         if not os.path.isdir(tables):
             raise FileNotFoundError(f"{tables}: no such folder; give --data IEMOCAP's folder")
         for table in sorted(glob.glob(f"{glob.escape(tables)}/*.txt")):  # no dot files
-            for number, line in data.read_lines(table):
+            for number, line in manifest.read_lines(table):
                 # [6.2901 - 8.2357]	Ses01F_impro01_F000	neu	[2.5000, 2.5000, 2.5000]
                 turn = re.match(r"\[[\d. -]+\]\t(\w+)\t(\w+)\t", line)
                 if turn and turn[2] in EMOTIONS:
@@ -76,7 +75,7 @@ def read_folds(root, rows, seed):
 
 def evaluate(args):
     """The result of args.upstream, a dict: the mean over the results in OUT/fold-NAME."""
-    with runs.one_line_errors():
+    with program.one_line_errors():
         if args.manifest:
             rows = read_table(args.manifest, ["path", "label", "fold"])
             classes, folds = read_folds(os.path.dirname(args.manifest), rows, args.seed)
@@ -115,4 +114,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

@@ -4,18 +4,19 @@ python -m superb.report runs/*/pr runs/*/sid --to results.md --picture scores.sv
 python -m superb.report --curves loss.svg runs/avg runs/concat runs/none
 """
 
-import runs
-
 import html
 import io
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from probe import bootstrap, mean_and_interval
+import checkpoint
+import program
+from superb.probe import bootstrap, mean_and_interval
 
 TASKS = {
     "phoneme recognition": "PR (PER, ↓)",
@@ -66,7 +67,7 @@ def read_rows(folders):
         if not path.exists():
             missing.append(str(folder))
             continue
-        result = runs.read_json(path)
+        result = checkpoint.read_json(path)
         if result.get("task") not in TASKS or "per_utterance" not in result:
             raise ValueError(f"{path}: not a result of this version; delete it and evaluate again")
         has_task = folder.name in ("pr", "sid", "er", "asr")
@@ -80,7 +81,7 @@ def read_rows(folders):
     if not rows:
         raise ValueError(message)
     if missing:
-        runs.warn(message)
+        warnings.warn(message)
     ordered = sorted(rows.values(), key=lambda row: row.line_number)
     groups = [row.group for row in ordered]
     return sorted(ordered, key=lambda row: (row.group != "", groups.index(row.group)))
@@ -193,7 +194,7 @@ def save_picture(figure, path, label):
     svg = io.StringIO()
     figure.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None})
     root = f'<svg role="img" aria-label="{html.escape(label)}" '
-    runs.save(path, svg.getvalue().replace("<svg ", root, 1))
+    checkpoint.save(path, svg.getvalue().replace("<svg ", root, 1))
 
 
 def draw_rows(rows, path, title, note, width, plot):
@@ -252,7 +253,7 @@ def draw_layers(rows, path):
 
     rows = [row for row in rows if any(len(weights(row, task)) > 1 for task in row.results)]
     if not rows:
-        runs.warn(f"{path}: not drawn, no row has more than one hidden state")
+        warnings.warn(f"{path}: not drawn, no row has more than one hidden state")
         return
     last = max(max(weights(row, task)) for row in rows for task in row.results)
     note = "Mean weight of each hidden state in percent. State 0 is the input of layer 1."
@@ -293,7 +294,7 @@ def draw_curves(folders, path):
 
 
 def main(arguments=None):
-    parser = runs.Parser(__doc__.split("\n")[0])
+    parser = program.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("folders", nargs="*", metavar="FOLDER", help="of an evaluation: ROW/TASK, ROW/seed-N/TASK")
     add("--against", metavar="ROW", help="also show the paired differences from this row")
@@ -301,7 +302,7 @@ def main(arguments=None):
     add("--picture", metavar="FILE.svg", help="draw the scores")
     add("--layers", metavar="FILE.svg", help="draw the learned weights of the hidden states")
     add("--curves", nargs="+", metavar=("FILE.svg", "RUN"), help="draw losses of train.py's runs")
-    with runs.one_line_errors():
+    with program.one_line_errors():
         args = parser.parse_args(arguments)
         if len(args.curves or []) == 1 or not (args.folders or args.curves):
             raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
@@ -310,7 +311,7 @@ def main(arguments=None):
             text = table(rows, score_rows(rows, args.against))
             print(text, end="", flush=True)
             if args.to:
-                runs.save(args.to, text)
+                checkpoint.save(args.to, text)
             if args.picture:
                 draw_scores(rows, args.picture)
             if args.layers:
@@ -320,4 +321,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

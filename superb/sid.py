@@ -7,8 +7,6 @@
 The same command resumes a run.
 """
 
-import runs
-
 import csv
 import os
 
@@ -17,8 +15,10 @@ import torch
 from torch import nn
 
 import data
-import probe
+import manifest
+import program
 from evaluate_pr import LinearHead
+from superb import probe
 from superb.upstream import Split, Upstream
 
 SPLIT_NAMES = {"1": "train", "2": "dev", "3": "test"}  # in VoxCeleb1's iden_split.txt
@@ -40,7 +40,7 @@ def read_voxceleb1(folder):
         source = "www.robots.ox.ac.uk/~vgg/data/voxceleb/meta/iden_split.txt"
         raise FileNotFoundError(f"{table}: missing; put {source} into the folder of --data")
     rows = []
-    for number, line in data.read_lines(table):
+    for number, line in manifest.read_lines(table):
         place = f"{table}, line {number}"
         split, _, audio = line.strip().partition(" ")
         if split not in SPLIT_NAMES or not audio:
@@ -53,7 +53,7 @@ def read_voxceleb1(folder):
 
 def read_table(path, columns):
     """[[value of each column, ..., place of the line]] of a .csv; values are stripped."""
-    rows, lines = [], data.read_lines(path)
+    rows, lines = [], manifest.read_lines(path)
     table = csv.DictReader(line.replace("\0", "") for _, line in lines)
     table.fieldnames = [name.strip() for name in table.fieldnames or []]
     for (number, _), row in zip(lines[1:], table):
@@ -75,8 +75,8 @@ def read_corpus(root, rows):
             problem = "a second line of" if path in seen else "no file"
             raise ValueError(f"{place}: {problem} {os.path.join(root, path)}")
         seen.add(path)
-    lengths, skipped = data.read_lengths(root, [row[0] for row in rows])
-    data.check_skipped(skipped, len(rows))
+    lengths, skipped = manifest.read_lengths(root, [row[0] for row in rows])
+    manifest.check_skipped(skipped, len(rows))
     skipped |= {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
     lengths = {path: n for path, n in lengths.items() if path not in skipped}
     return data.Corpus(root, lengths, [0] * len(lengths), list(lengths.values()), skipped)
@@ -156,7 +156,7 @@ class Classification:
 
 
 def evaluate(args):
-    with runs.one_line_errors():
+    with program.one_line_errors():
         if args.manifest:
             rows = read_table(args.manifest, ["path", "label", "split"])
             speakers, splits = read_splits(os.path.dirname(args.manifest), rows)
@@ -175,4 +175,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    program.run(main)

@@ -1,7 +1,5 @@
 """Labelled utterances to hidden states of a frozen upstream: cached, in memory, or per step."""
 
-import runs
-
 import contextlib
 import os
 
@@ -10,6 +8,8 @@ import torchaudio
 from torch import nn
 
 import data
+import manifest
+import program
 from cache import Cache, file_name, key
 from student import load_student
 from teachers import digest, load_teacher
@@ -43,7 +43,7 @@ class Split(torch.utils.data.Dataset):
 
         The noise depends on the place i in the split, so noise_key covers the order of the paths.
         """
-        self.noise = data.Noise(folder, snr)
+        self.noise = data.Noise(manifest.find_corpus(folder, ["."]), snr)
         files = [file_name(self.noise.corpus, i) for i in range(len(self.noise.corpus))]
         self.noise_key = key(files, self.noise.snr, self.corpus.paths)
 
@@ -54,7 +54,12 @@ class Split(torch.utils.data.Dataset):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
         try:
             waveform = self.corpus.read(i)
-            return self.noise.mix(waveform, i) if self.noise else waveform
+            if not self.noise:
+                return waveform
+            waveform, skipped = self.noise.mix(waveform, i)
+            for path, reason in skipped.items():
+                raise ValueError(f"its noise {path}: {reason}")
+            return waveform
         except data.UNREADABLE as error:
             raise ValueError(f"{self.path(i)}: {error}; restore it") from None
 
@@ -108,8 +113,8 @@ class Upstream:
     """
 
     def __init__(self, args):
-        self.device = runs.find_device()
-        self.precision = runs.precision(args.precision, self.device)
+        self.device = program.find_device()
+        self.precision = program.precision(args.precision, self.device)
         self.memory = {}
         path, last = args.upstream, 0
         if path == "fbank":

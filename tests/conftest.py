@@ -1,7 +1,5 @@
 """What the tests share: small networks, speech beside the checkout, ways to run programs."""
 
-import runs
-
 import ctypes
 import dataclasses
 import json
@@ -16,10 +14,12 @@ import pytest
 import soundfile
 import torch
 
-from data import find_corpus
+import checkpoint
+import program
 from demo import speech
 from encoder import EncoderConfig, SpeechEncoder
 from export import save_official
+from manifest import find_corpus
 from student import Student, save_student, student_config
 
 torch.set_num_threads(1)  # as in the programs that tests start: sums depend on it
@@ -30,7 +30,7 @@ SMALL = EncoderConfig(
     conv_layers=((32, 10, 5),) + ((32, 3, 2),) * 4 + ((32, 2, 2),) * 2,
     dim=48,
     ffn_dim=96,
-    heads=4,
+    attention_heads=4,
     layers=4,
     pos_kernel=32,
     pos_groups=4,
@@ -68,26 +68,6 @@ def corpus(tmp_path_factory):
     splits = {"train-clean-100": (132, 6, 2), "dev-clean": (16, 2, 1), "test-clean": (16, 2, 1)}
     speech.write_corpus(folder, splits=splits, decibels=(50, 50))
     return folder
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """What the first steps of `torchrun ... train.py --demo` leave: (its folder, its output)."""
-    folder = tmp_path_factory.mktemp("demo")
-    done = run("train.py", "--demo", "--steps", 60, cwd=folder, processes=2)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
-
-
-@pytest.fixture(scope="session")
-def whole_demo(tmp_path_factory):
-    """The same of all steps, for slow tests: (its folder, CPU seconds)."""
-    folder, before = tmp_path_factory.mktemp("whole-demo"), os.times()
-    done = run("train.py", "--demo", cwd=folder, processes=2)
-    after = os.times()
-    assert done.returncode == 0, done.stderr
-    seconds = after.children_user + after.children_system
-    return folder, seconds - before.children_user - before.children_system
 
 
 @pytest.fixture(scope="session")
@@ -195,13 +175,13 @@ def command(*arguments, processes=None):
 
     processes: number of processes of torchrun, or None for plain python.
     """
-    program, *rest = map(str, arguments)
-    if program != "-m":
-        program = str(ROOT / program)
+    name, *rest = map(str, arguments)
+    if name != "-m":
+        name = str(ROOT / name)
     start = [sys.executable]
     if processes:
         start += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return [*start, program, *rest]
+    return [*start, name, *rest]
 
 
 def run(*arguments, cwd, processes=None, **variables):
@@ -216,7 +196,7 @@ def run(*arguments, cwd, processes=None, **variables):
     )
 
 
-def on_cpu(program, arguments):
+def on_cpu(module, arguments):
     """A program's main() in this process, which saves a start of Python; without a GPU."""
     numbers = (signal.SIGTERM, signal.SIGINT)
     handlers = [signal.getsignal(number) for number in numbers]
@@ -224,22 +204,22 @@ def on_cpu(program, arguments):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: False)
             patch.setattr(torch.cuda, "device_count", lambda: 0)
-            patch.setattr(sys, "argv", [program.__file__])
-            program.main([str(argument) for argument in arguments])
+            patch.setattr(sys, "argv", [module.__file__])
+            module.main([str(argument) for argument in arguments])
     finally:
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)
-        runs.locks.clear()  # as at the end of a process
-        runs.StopSignal.number = 0
+        checkpoint.locks.clear()  # as at the end of a process
+        program.StopSignal.number = 0
 
 
-def refused(capsys, program, arguments):
+def refused(capsys, module, arguments):
     """The line on stderr with which a program's main() rejects bad input, in this process."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
-        on_cpu(program, arguments)
+        on_cpu(module, arguments)
     line = capsys.readouterr().err
-    name = os.path.basename(program.__file__)
+    name = os.path.basename(module.__file__)
     assert end.value.code == 2 and line.count("\n") == 1 and line.startswith(f"{name}: "), line
     return line
 

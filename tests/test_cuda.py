@@ -13,12 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import aggregate
-import probe
 from encoder import EncoderConfig, SpeechEncoder
 from evaluate_pr import PhonemeRecognition
 from losses import distillation_loss
 from student import Student, initialise, student_config
-from superb import asr
+from superb import asr, probe
 from superb.sid import Classification
 
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):

@@ -14,6 +14,7 @@ import torchaudio
 from conftest import shared, write_audio
 
 import data
+import manifest
 from data import Corpus, TrainBatches, find_corpus, load_batches, read_audio, read_manifest
 
 LENGTHS = [400, 1000, 3199, 3200, 5000, 9600, 16000, 16001, 20000, 24000, 30000, 40000] * 3
@@ -101,7 +102,7 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
     (whole,) = write_audio(tmp_path, [5000])
     os.rename(whole, os.path.join(os.fsencode(tmp_path), b"\xff\xfe.flac"))
     found = find_corpus(tmp_path, ["."])
-    data.write_manifest(tmp_path / "list.tsv", found)
+    manifest.write_manifest(tmp_path / "list.tsv", found)
     assert len(read_manifest(tmp_path / "list.tsv").read(0)) == 5000
 
 
@@ -112,7 +113,7 @@ def test_long_files_are_used_in_equal_pieces_that_join_to_the_file(tmp_path, rat
     assert found.paths == ["000.flac"] + ["001.flac"] * 4 and len(found.files) == 2
     assert found.starts.tolist() == [0, 0, 20000, 40000, 60000]
     assert found.samples.tolist() == [16000] + [20000] * 4
-    data.write_manifest(tmp_path / "list.tsv", found)
+    manifest.write_manifest(tmp_path / "list.tsv", found)
     listed = read_manifest(tmp_path / "list.tsv")
     joined = torch.cat([listed.read(i) for i in range(1, 5)])
     lines = (tmp_path / "list.tsv").read_text().splitlines(keepends=True)
@@ -329,7 +330,7 @@ def test_mutated_audio_is_used_or_skipped_by_name_and_never_spoils_a_batch(tmp_p
         ending = rng.choice([".flac", ".wav", ".ogg"])
         mutate(tmp_path / f"{number:04d}{ending}", MUTATIONS[number % len(MUTATIONS)], rng)
     paths = sorted(path.name for path in tmp_path.iterdir())
-    lengths, skipped = data.read_lengths(tmp_path, paths)
+    lengths, skipped = manifest.read_lengths(tmp_path, paths)
     long_enough = [path for path in lengths if lengths[path] >= 400]
     found = Corpus(tmp_path, long_enough, [0] * len(long_enough), [lengths[p] for p in long_enough])
     read = set()

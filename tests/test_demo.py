@@ -1,7 +1,5 @@
 """The demo: its speech and teachers, what it writes, and what its programs show."""
 
-import runs
-
 import csv
 import hashlib
 import json
@@ -12,6 +10,7 @@ import pytest
 import torch
 from conftest import metrics, run
 
+import checkpoint
 import train
 from data import find_corpus
 from demo import speech, train_teachers
@@ -127,7 +126,7 @@ def test_the_tables_have_speakers_and_emotions(demo, monkeypatch):
 
 def test_the_teachers_are_small_and_in_three_official_formats():
     assert sum(os.path.getsize(path) for path in speech.TEACHERS) < 1.5e6
-    hubert, robust, wavlm = map(runs.load, speech.TEACHERS)
+    hubert, robust, wavlm = map(checkpoint.load, speech.TEACHERS)
     assert {"cfg", "model"} <= hubert.keys() and "model" in hubert["cfg"]  # fairseq
     assert {"model_weight", "model_cfg", "task_cfg"} <= robust.keys()  # s3prl
     assert wavlm["cfg"]["relative_position_embedding"]  # Microsoft
@@ -170,11 +169,11 @@ def test_the_demo_learns_and_says_what_comes_next(demo):
 
 
 def test_only_a_student_that_is_finished_is_scored(tmp_path, monkeypatch):
-    runs.save(tmp_path / "student.pt", {"step": 2})
+    checkpoint.save(tmp_path / "student.pt", {"step": 2})
     trained = []
     monkeypatch.setattr(train, "main", trained.append)
     for steps in (2, 3):
-        runs.save(tmp_path / "config.json", json.dumps({"settings": {"steps": steps}}))
+        checkpoint.save(tmp_path / "config.json", json.dumps({"settings": {"steps": steps}}))
         speech.train_student(tmp_path)
         assert len(trained) == steps - 2
 

@@ -8,8 +8,7 @@ import pytest
 import soundfile
 from conftest import flags_of, on_cpu, read_symbols, refused, write_audio
 
-import probe
-from superb import er
+from superb import er, probe
 from superb.sid import read_table
 from superb.upstream import Upstream
 

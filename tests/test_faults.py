@@ -163,11 +163,11 @@ import runs, train, aggregate
 average, calls = aggregate.average, []
 def broken(states):
     calls.append(1)
-    if runs.RANK == {rank} and len(calls) == 3:
+    if program.RANK == {rank} and len(calls) == 3:
         raise RuntimeError("injected")
     return average(states)
 aggregate.AGGREGATIONS["avg"] = broken
-runs.run(train.main)
+program.run(train.main)
 """
 
 
@@ -252,9 +252,9 @@ import runs, multiprocessing, time
 def program():
     multiprocessing.Process(target=time.sleep, args=[3600], daemon=False).start()
     raise RuntimeError
-runs.run(program)
+program.run(program)
 """
-    quiet = "import runs; runs.run(lambda: print('a result'))"
+    quiet = "import runs; program.run(lambda: print('a result'))"
     with open("/dev/full", "w") as full:
         output = {"stdout": full, "stderr": full, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
         command = [sys.executable, "-c", code]
@@ -274,7 +274,7 @@ def stuck(*args):
         time.sleep(3600)
     return read(*args)
 data.read_audio = stuck
-runs.run(train.main)
+program.run(train.main)
 """
 
 

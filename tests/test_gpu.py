@@ -1,7 +1,5 @@
 """What needs a real GPU; skipped without one. tests/on_gpu.sh runs these and bench.py."""
 
-import runs
-
 import os
 import warnings
 
@@ -11,6 +9,8 @@ import soundfile
 import torch
 from conftest import flags, relative_difference, run, shared
 
+import checkpoint
+import program
 import train
 from encoder import EncoderConfig, SpeechEncoder
 from student import load_student
@@ -23,7 +23,7 @@ GOLDEN += ["wavlm_unilm.pt", "hubert_hf", "wavlm_hf"]
 
 @pytest.fixture(scope="module")
 def cuda():
-    return runs.find_device()
+    return program.find_device()
 
 
 def difference(found, expected):
@@ -112,7 +112,7 @@ def test_a_step_has_one_sync(job):
             torch.cuda.set_sync_debug_mode("warn")
             train.main(flags(job, job / f"syncs{steps}", **settings))
             torch.cuda.set_sync_debug_mode("default")
-        runs.locks.clear()
+        checkpoint.locks.clear()
         return sum("synchroniz" in str(warning.message) for warning in caught)
 
     assert count_syncs(13) - count_syncs(3) == 10

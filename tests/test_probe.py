@@ -17,8 +17,8 @@ from conftest import command, environment, flags_of, noise, on_cpu, refused, wri
 from pytest import approx
 
 import evaluate_pr
-import probe
 from demo import speech
+from superb import probe
 from superb.upstream import FilterBanks, Upstream
 
 

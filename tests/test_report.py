@@ -8,8 +8,7 @@ import pytest
 import torchaudio
 from conftest import on_cpu, refused
 
-import probe
-from superb import report
+from superb import probe, report
 
 PR, SID, *_ = report.TASKS.values()
 NAMES = "bank\tbaselines\tfilter banks\nall\tstudents of three teachers\taverage of three\n"

@@ -6,9 +6,8 @@ import pytest
 import torch
 from conftest import flags_of, on_cpu, read_symbols, refused, write_audio
 
-import probe
 from demo import speech
-from superb import sid
+from superb import probe, sid
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,12 @@ def test_a_student_deeper_than_the_teacher_cannot_start_from_it():
 def test_a_thin_student_has_heads_of_at_most_64_dims_and_the_teachers_convolutions(dim, heads):
     teacher = random_encoder(layers=2, relative_buckets=320)
     config = student_config(teacher.config, layers=6, dim=dim)
-    assert (config.dim, config.ffn_dim, config.heads, config.layers) == (dim, 4 * dim, heads, 6)
+    assert (config.dim, config.ffn_dim, config.attention_heads, config.layers) == (
+        dim,
+        4 * dim,
+        heads,
+        6,
+    )
     student = Student(config, HEADS)
     before = {name: weight.clone() for name, weight in student.state_dict().items()}
     initialise(student, teacher)

@@ -188,7 +188,7 @@ def half(content):
         (fine_tuned, LARGE),
         (pretraining, LARGE),
         (pretraining, {"conv_norm": "layer", "pos_depth": 3, "pos_kernel": 19}),
-        (older_args, {"heads": 6, **LARGE}),
+        (older_args, {"attention_heads": 6, **LARGE}),
         (half, {}),
     ],
 )
@@ -218,9 +218,11 @@ def test_what_tensors_do_not_show_is_assumed_in_one_line(kind, tmp_path, capsys)
 
 @pytest.mark.parametrize("dim, heads", [(768, 12), (1024, 16), (1280, 16)])
 def test_a_published_width_has_its_published_heads(tmp_path, dim, heads):
-    encoder = random_encoder(dim=dim, heads=heads, layers=1, ffn_dim=8, pos_kernel=2, pos_groups=8)
+    encoder = random_encoder(
+        dim=dim, attention_heads=heads, layers=1, ffn_dim=8, pos_kernel=2, pos_groups=8
+    )
     torch.save(official_state_dict(encoder, "transformers"), tmp_path / "bare.bin")
-    assert load_teacher(tmp_path / "bare.bin").config.heads == heads
+    assert load_teacher(tmp_path / "bare.bin").config.attention_heads == heads
 
 
 @pytest.mark.parametrize(

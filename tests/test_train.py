@@ -25,6 +25,7 @@ from conftest import (
 
 import aggregate
 import data
+import manifest
 import train
 from encoder import SpeechEncoder
 from export import official_state_dict, save_official
@@ -313,7 +314,7 @@ def test_unreadable_files_are_replaced_and_named_and_over_one_percent_is_an_erro
     job, tmp_path, capsys, monkeypatch, lost
 ):
     paths = write_audio(tmp_path / "audio", [6000] * 120)
-    write = data.write_manifest
+    write = manifest.write_manifest
 
     def deleted_afterwards(*args):
         write(*args)
@@ -347,7 +348,7 @@ def test_the_defaults_are_the_papers_recipe():
     expected |= {"dropout": 0.1, "steps": 200_000, "batch_size": 24, "lr": 2e-4, "warmup": 0.07}
     expected |= {"clip": 5.0, "cosine_weight": 1.0, "out": "runs/avg", "data": "data/LibriSpeech"}
     expected |= {"teachers": ["hubert", "robust_hubert", "wavlm_plus"], "max_seconds": 15.625}
-    expected |= {"splits": list(data.LIBRISPEECH_960)}
+    expected |= {"splits": list(manifest.LIBRISPEECH_960)}
     assert {name: args[name] for name in expected} == expected
 
 
@@ -476,8 +477,8 @@ def write_bad_files(job):
 
 
 def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
-    code = "import runs, sys; runs.init()\nwith runs.one_line_errors():\n"
-    code += "    if runs.RANK == 1:\n        raise ValueError('only here')\n"
+    code = "import runs, sys; program.init()\nwith program.one_line_errors():\n"
+    code += "    if program.RANK == 1:\n        raise ValueError('only here')\n"
     (tmp_path / "program.py").write_text(code)
     done = run(tmp_path / "program.py", cwd=tmp_path, processes=2)
     assert done.returncode != 0 and done.stderr.count("program.py: only here") == 1

@@ -1,6 +1,4 @@
-"""runs.py and cache.py: files, locks, errors, cached tensors."""
-
-import runs
+"""program.py and cache.py: files, locks, errors, cached tensors."""
 
 import errno
 import fcntl
@@ -17,7 +15,10 @@ import torch
 from conftest import ROOT, environment, write_audio
 
 import cache
+import checkpoint
 import data
+import manifest
+import program
 
 
 class NoSignal:
@@ -29,7 +30,7 @@ class NoSignal:
 
 def test_a_file_gets_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    runs.save(path, {"step": 1})
+    checkpoint.save(path, {"step": 1})
 
     def full(content, file):
         file.write(b"half")
@@ -38,10 +39,10 @@ def test_a_file_gets_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)
         with pytest.raises(OSError, match="last.pt: not saved .*No space left.*intact"):
-            runs.save(path, {"step": 2}, keep_previous=True)
-    assert os.listdir(tmp_path) == ["last.pt"] and runs.load(path) == {"step": 1}
-    runs.save(path, {"step": 2}, keep_previous=True)
-    assert runs.load(path) == {"step": 2} and runs.load(f"{path}.old") == {"step": 1}
+            checkpoint.save(path, {"step": 2}, keep_previous=True)
+    assert os.listdir(tmp_path) == ["last.pt"] and checkpoint.load(path) == {"step": 1}
+    checkpoint.save(path, {"step": 2}, keep_previous=True)
+    assert checkpoint.load(path) == {"step": 2} and checkpoint.load(f"{path}.old") == {"step": 1}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "text", "code"])
@@ -58,36 +59,36 @@ def test_a_damaged_file_or_code_is_one_line_with_the_path(tmp_path, damage):
     elif damage == "text":
         path.write_text("a diary")
     with pytest.raises(ValueError, match="^[^\n]*x.pt: damaged[^\n]*$"):
-        runs.load(path)
+        checkpoint.load(path)
 
 
 def test_the_newest_undamaged_checkpoint_is_found(tmp_path, capsys):
-    assert runs.load_latest(tmp_path, ["step"]) is None
-    runs.save(tmp_path / "last.pt.old", {"step": 4})
-    assert runs.load_latest(tmp_path, ["step"])["step"] == 4  # killed between two renames
+    assert checkpoint.load_latest(tmp_path, ["step"]) is None
+    checkpoint.save(tmp_path / "last.pt.old", {"step": 4})
+    assert checkpoint.load_latest(tmp_path, ["step"])["step"] == 4  # killed between two renames
     for damaged in (b"", b"no checkpoint"):
         (tmp_path / "last.pt").write_bytes(damaged)
-        assert runs.load_latest(tmp_path, ["step"])["step"] == 4
-    runs.save(tmp_path / "last.pt", {"epoch": 5})
-    assert runs.load_latest(tmp_path, ["step"])["step"] == 4
+        assert checkpoint.load_latest(tmp_path, ["step"])["step"] == 4
+    checkpoint.save(tmp_path / "last.pt", {"epoch": 5})
+    assert checkpoint.load_latest(tmp_path, ["step"])["step"] == 4
     assert "it has no step" in capsys.readouterr().err
     (tmp_path / "last.pt.old").write_bytes(b"")
     with pytest.raises(ValueError, match="no undamaged checkpoint; move"):
-        runs.load_latest(tmp_path, ["step"])
+        checkpoint.load_latest(tmp_path, ["step"])
 
 
 def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
     (tmp_path / "last.pt.123.partial").write_text("of a killed process")
-    code = f"import runs; runs.lock({str(tmp_path)!r}); print('locked', flush=True); input()"
+    code = f"import runs; checkpoint.lock({str(tmp_path)!r}); print('locked', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, env=environment(), cwd=ROOT, **pipes) as other:
         assert other.stdout.readline() == "locked\n"
         assert os.listdir(tmp_path) == ["lock"]
         with pytest.raises(ValueError, match="another run is using this folder"):
-            runs.lock(str(tmp_path))
+            checkpoint.lock(str(tmp_path))
         other.kill()
-    runs.lock(str(tmp_path))
+    checkpoint.lock(str(tmp_path))
 
 
 def test_on_a_file_system_without_locks_nothing_is_locked(tmp_path, monkeypatch):
@@ -96,10 +97,10 @@ def test_on_a_file_system_without_locks_nothing_is_locked(tmp_path, monkeypatch)
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):
-        runs.lock(str(tmp_path))
+        checkpoint.lock(str(tmp_path))
         # A marker would outlive a killed run.
         assert [path.read_bytes() for path in tmp_path.iterdir()] in ([], [b""])
-        del runs.locks[str(tmp_path)]
+        del checkpoint.locks[str(tmp_path)]
 
 
 def test_threads_wait_almost_passively_unless_the_user_says_otherwise():
@@ -113,16 +114,16 @@ def test_threads_wait_almost_passively_unless_the_user_says_otherwise():
 
 
 def test_a_signal_between_two_runs_of_a_process_ends_the_second(monkeypatch):
-    monkeypatch.setattr(runs.StopSignal, "number", 0)
+    monkeypatch.setattr(program.StopSignal, "number", 0)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-    runs.StopSignal().record(signal.SIGTERM, None)
-    assert runs.StopSignal().received() == signal.SIGTERM
+    program.StopSignal().record(signal.SIGTERM, None)
+    assert program.StopSignal().received() == signal.SIGTERM
 
 
 def test_numbers_alone_decide_the_seed():
     draws = []
     for numbers in [(0, 5, 1), (0, 5, 1), (0, 5, 2), (1, 5, 1)]:
-        runs.seed(*numbers)
+        program.seed(*numbers)
         draws.append(float(torch.rand(())))
     assert draws[0] == draws[1] and len(set(draws)) == 3
 
@@ -141,7 +142,7 @@ def test_eight_bits_with_a_scale_per_dimension_lose_half_a_step_at_most():
 @pytest.fixture
 def small(tmp_path):
     write_audio(tmp_path / "audio", [4000 + 1357 * i for i in range(9)])
-    return data.find_corpus(tmp_path / "audio", ["."], max_seconds=0.5)
+    return manifest.find_corpus(tmp_path / "audio", ["."], max_seconds=0.5)
 
 
 def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, tmp_path):
@@ -160,7 +161,7 @@ def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(small, 
     filled.fill(compute, [8] * len(small), "numbers", NoSignal())
     filled.fill(compute, [8] * len(small), "numbers", NoSignal())
     assert computed == list(range(len(small)))
-    assert [runs.load(filled.path(i))[0] for i in range(len(small))] == computed
+    assert [checkpoint.load(filled.path(i))[0] for i in range(len(small))] == computed
 
 
 def test_paths_in_the_cache_stay_inside_and_have_names_that_fit(tmp_path):
@@ -196,12 +197,12 @@ def test_two_containers_can_save_one_file_at_a_time(tmp_path, monkeypatch):
     path, save = str(tmp_path / "x.pt"), torch.save
 
     def save_twice(content, file):
-        runs.save(path, "of another process with the same number")
+        checkpoint.save(path, "of another process with the same number")
         save(content, file)
 
     monkeypatch.setattr(torch, "save", save_twice)
-    runs.save(path, torch.tensor(5))
-    assert int(runs.load(path)) == 5 and os.listdir(tmp_path) == ["x.pt"]
+    checkpoint.save(path, torch.tensor(5))
+    assert int(checkpoint.load(path)) == 5 and os.listdir(tmp_path) == ["x.pt"]
 
 
 def test_cached_targets_are_those_of_the_crop(small, tmp_path):

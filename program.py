@@ -1,42 +1,26 @@
-"""What every program shares: torchrun's ranks, one-line errors, checkpoints, one run per folder.
-
-Programs import this file first: OpenMP reads the environment once, when torch is imported.
-"""
+"""What every program shares: torchrun's ranks, devices, signals, flags, one-line errors."""
 
 import argparse
 import contextlib
 import ctypes
 import datetime
-import errno
-import json
+import math
 import multiprocessing
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
-import zipfile
 
-if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for long stall a shared machine
-    os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # 0.2 ms: with none, a step is 16% slower
-if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # batches vary in length
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from filelock import FileLock, Timeout  # noqa: E402
-
-if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
-    sys.exit(f"torch {torch.__version__} is too old: install torch and torchaudio 2.6 or later")
+import numpy as np
+import torch
+import torch.distributed as dist
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
-
-locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
 def run(program):
@@ -68,6 +52,22 @@ def run(program):
 
 
 def init():
+    """Before anything else: torch's version, its GPU allocator, and warnings of one line each."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
+        sys.exit(f"torch {torch.__version__} is too old: install torch and torchaudio 2.6 or later")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Batches vary in length. Torch reads this at the first allocation on a GPU.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    warnings.showwarning = show_warning
+
+
+def show_warning(message, *_):
+    """Prints a warning in one line, on rank 0."""
+    if RANK == 0:
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def join():
     """Joins torchrun's other ranks, if there are any."""
     if WORLD_SIZE == 1:
         return
@@ -86,10 +86,10 @@ def enough_gpus():
     return torch.cuda.is_available() and LOCAL_WORLD_SIZE <= torch.cuda.device_count()
 
 
-def find_device(cpu_ok=False):
+def find_device():
     """The device of this rank: a GPU, else the CPU with its share of the threads.
 
-    Raises ValueError if this machine has GPUs, but fewer than ranks, unless cpu_ok.
+    Raises ValueError if this machine has GPUs, but fewer than ranks.
     """
     if enough_gpus():
         torch.backends.cudnn.allow_tf32 = False  # float32 is float32
@@ -97,7 +97,7 @@ def find_device(cpu_ok=False):
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length
         torch.cuda.set_device(LOCAL_RANK)
         return torch.device("cuda", LOCAL_RANK)
-    if torch.cuda.is_available() and not cpu_ok:
+    if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         raise ValueError(f"{LOCAL_WORLD_SIZE} processes but {gpus} GPUs; lower --nproc_per_node")
     with contextlib.suppress(OSError, AttributeError):
@@ -134,18 +134,18 @@ def seed(*numbers):
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
-def warn(message):
-    """Prints a warning to stderr, on rank 0."""
-    if RANK == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def gather(value):
-    """The values of all ranks, in order."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
+    """The values of all ranks, in order; before join(), this rank's alone."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * WORLD_SIZE
+    dist.all_gather_object(values, value)
     return values
+
+
+def mean(tensor):
+    """The mean over all ranks of a tensor, on the CPU."""
+    return torch.stack(gather(tensor.cpu())).mean(0)
 
 
 class StopSignal:
@@ -165,9 +165,33 @@ class StopSignal:
     def received(self):
         """The signal's number if any rank received one, else 0; for all ranks the same."""
         number = torch.tensor(self.number)
-        if WORLD_SIZE > 1:
+        if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
+
+
+class Progress:
+    """Of a long loop, prints a line at least every 30 s with the time that is left, on rank 0."""
+
+    def __init__(self, name, total, start=0):
+        self.name, self.total, self.start = name, total, start
+        self.started = self.printed = time.monotonic()
+
+    def show(self, number):
+        """After each item, and whenever a line was printed otherwise; number: items so far."""
+        now = time.monotonic()
+        if RANK == 0 and now - self.printed > 20:
+            self.printed = now
+            print(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}", flush=True)
+
+    def left(self, number):
+        """Such as "90 s left" or "3 min left"."""
+        speed = (number - self.start) / (time.monotonic() - self.started)
+        return time_left((self.total - number) / speed) if speed else "..."
+
+
+def time_left(seconds):
+    return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
 # ------------------------------------------------------------------ flags and errors
@@ -198,10 +222,23 @@ def whole(text):
 
 def names(text):
     """Flag type: names or paths separated by commas."""
-    found = [name.strip() for name in text.split(",") if name.strip()]
-    if not found:
+    parts = [name.strip() for name in text.split(",") if name.strip()]
+    if not parts:
         raise argparse.ArgumentTypeError(f"{text!r}: nothing is named")
-    return found
+    return parts
+
+
+def fraction(text):
+    """Flag type: a number from 0 to 1."""
+    return at_least_0(text, highest=1)
+
+
+def at_least_0(text, highest=math.inf):
+    """Flag type: a number from 0, up to `highest`."""
+    if not 0 <= float(text) <= highest:
+        limits = "at least 0" if highest == math.inf else f"from 0 to {highest}"
+        raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
+    return float(text)
 
 
 def numbers(text):
@@ -225,115 +262,7 @@ def one_line_errors():
         if RANK == 0:
             text = " ".join(messages[0].split())
             print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+        elif not dist.is_initialized():
+            time.sleep(10)  # as below
         gather(None)  # until rank 0 has printed: torchrun ends all ranks as soon as one exits
         sys.exit(2)
-
-
-# ------------------------------------------------------------------ files
-
-
-def save(path, content, keep_previous=False):
-    """Writes a text, or what torch.save takes; the file gets its name only once it is complete.
-
-    keep_previous: for checkpoints, which survive a power cut too: the file that had the name
-        before becomes PATH.old. Raises OSError.
-    """
-    partial = f"{path}.{os.urandom(4).hex()}.partial"  # PIDs of two containers can be equal
-    try:
-        with open(partial, "wb") as file:
-            if isinstance(content, str):
-                file.write(content.encode("utf-8", "surrogateescape"))
-            else:
-                torch.save(content, file)
-            if keep_previous:
-                file.flush()
-                os.fsync(file.fileno())
-        if keep_previous and os.path.exists(path):
-            os.replace(path, f"{path}.old")
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        reason = error.__context__ or error
-        raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(partial)
-
-
-def read_json(path):
-    """The dict in a JSON file, {} if there is no such file. Raises OSError and ValueError."""
-    if not os.path.exists(path):
-        return {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return dict(json.load(file))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not JSON ({error})") from None
-
-
-def load(path, mmap=False):
-    """torch.load of tensors and plain types, without running code; ValueError if damaged."""
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as file:
-                damaged = file.testzip()  # torch.load verifies no checksums
-            if damaged:
-                raise ValueError(f"{damaged} fails its checksum")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the formats of old files
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (FileNotFoundError, PermissionError):
-        raise
-    except Exception as error:  # a damaged file can raise nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
-        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from error
-
-
-# ------------------------------------------------------------------ the folder of a run
-
-
-def lock(folder):
-    """Locks a folder until this process ends. Raises ValueError if another run has locked it."""
-    os.makedirs(folder, exist_ok=True)
-    # A soft lock would outlive a killed run.
-    locks[folder] = FileLock(os.path.join(folder, "lock"), fallback_to_soft=False)
-    try:
-        locks[folder].acquire(timeout=0)
-    except Timeout:
-        remedy = "wait until it ends, or choose another --out"
-        raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
-    except OSError as error:
-        if error.errno != errno.ENOSYS:  # a file system without locks
-            raise
-    for name in os.listdir(folder):
-        if name.endswith(".partial"):  # left by a killed run
-            os.remove(os.path.join(folder, name))
-
-
-def load_latest(folder, keys):
-    """The newest undamaged checkpoint of a run, a dict with all `keys`; None if there are no files.
-
-    A damaged last.pt is named in a warning. Raises ValueError if none is undamaged.
-    """
-    newest = os.path.join(folder, "last.pt")
-    paths = [path for path in (newest, f"{newest}.old") if os.path.exists(path)]
-    for path in paths:
-        try:
-            checkpoint = load(path)
-            missing = [key for key in keys if key not in checkpoint]
-            if not missing:
-                return checkpoint
-            warn(f"{path}: not a checkpoint of this program, it has no {missing[0]}")
-        except (ValueError, TypeError) as error:
-            warn(error)
-    if paths:
-        remedy = "move last.pt* away to start again, or choose another --out"
-        raise ValueError(f"{folder}: no undamaged checkpoint; {remedy}")
-    return None
-
-
-def check_same(folder, before, now):
-    """Raises ValueError naming the settings that differ from those that a run began with."""
-    changed = [key for key in now if before.get(key) != now[key]]
-    if changed:
-        changes = "; ".join(f"{key} was {before.get(key)}, is {now[key]}" for key in changed)
-        raise ValueError(f"{folder}: holds another run ({changes}); choose another --out")

@@ -4,20 +4,22 @@ Source: arXiv:2105.01051 and s3prl's downstream tasks. A task is a class with th
 methods of PhonemeRecognition in evaluate_pr.py.
 """
 
-import runs
-
 import collections
 import functools
 import json
 import math
 import os
 import time
+import warnings
 
 import numpy as np
 import torch
 from torch import nn
 
+import checkpoint
 import data
+import manifest
+import program
 from cache import key
 from superb.upstream import compute_states, load_states, state_numbers
 
@@ -32,24 +34,39 @@ STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 def make_parser(description, task, **defaults):
     """The flags that all tasks share. task: sub-folder of --out; defaults: per flag."""
-    parser = runs.Parser(description.split("\n")[0])
+    parser = program.Parser(description.split("\n")[0])
     add = parser.add_argument
     add("--upstream", help="a student.pt or its folder, a teacher's name or path, or fbank")
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
     add("--out", help="folder of the run; if not given, beside a student.pt or in runs")
-    add("--steps", type=runs.count, default=100_000, help="optimizer steps")
-    add("--batch-size", type=runs.count, default=32, help="utterances per step")
-    add("--lr", type=runs.numbers, default="1e-4", help="Adam's learning rates, one probe per rate")
+    add("--steps", type=program.count, default=100_000, help="optimizer steps")
+    add("--batch-size", type=program.count, default=32, help="utterances per step")
+    add(
+        "--lr",
+        type=program.numbers,
+        default="1e-4",
+        help="Adam's learning rates, one probe per rate",
+    )
     add("--lr-decay", action="store_true", help="decay each rate linearly to 0 over the steps")
     add("--states", type=state_numbers, default="all", help="hidden states: all, last or 0,4,12")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")
     add("--noise", metavar="DIR", help="folder of noise files, mixed into the test split")
-    add("--snr", type=runs.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
+    add("--snr", type=program.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
     add("--cache", metavar="DIR", help="folder of cached hidden states, for later runs too")
-    add("--workers", type=runs.whole, default=min(4, runs.cores()), help="data-loading workers")
-    add("--seed", type=runs.whole, default=0, help="of initial weights, data order and dropout")
-    add("--log-every", type=runs.count, default=100, help="steps between lines of progress")
-    add("--eval-every", type=runs.count, default=1000, help="steps between scores and checkpoints")
+    add(
+        "--workers",
+        type=program.whole,
+        default=min(4, program.cores()),
+        help="data-loading workers",
+    )
+    add("--seed", type=program.whole, default=0, help="of initial weights, data order and dropout")
+    add("--log-every", type=program.count, default=100, help="steps between lines of progress")
+    add(
+        "--eval-every",
+        type=program.count,
+        default=1000,
+        help="steps between scores and checkpoints",
+    )
     add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
     parser.set_defaults(task=task, **defaults)
     return parser
@@ -57,10 +74,10 @@ def make_parser(description, task, **defaults):
 
 def main(parser, evaluate_upstream, arguments):
     """Calls evaluate_upstream(args): once, or for four upstreams with --demo and no --upstream."""
-    runs.init()
-    with runs.one_line_errors():
+    program.init()
+    with program.one_line_errors():
         args = parser.parse_known_args(arguments)[0]  # --demo changes the defaults
-        if runs.WORLD_SIZE > 1:
+        if program.WORLD_SIZE > 1:
             raise ValueError("an evaluation is one process: run python in place of torchrun")
         if args.demo:
             from demo import speech
@@ -110,7 +127,7 @@ def evaluate(args, task, upstream, train, dev, test):
     identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
     splits = [train, dev, test]
     probes, optimizers = [], []
-    with runs.one_line_errors():
+    with program.one_line_errors():
         files = [os.path.realpath(split.path(i)) for split in splits for i in range(len(split.ids))]
         file, times = collections.Counter(files).most_common(1)[0]
         if times > 1:
@@ -122,16 +139,16 @@ def evaluate(args, task, upstream, train, dev, test):
             labels = [label.tolist() for label in split.labels]
             identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
         batches = data.TrainBatches(train.corpus, args.batch_size, args.seed)
-        runs.lock(args.out)
-        result = runs.read_json(os.path.join(args.out, "result.json"))
+        checkpoint.lock(args.out)
+        result = checkpoint.read_json(os.path.join(args.out, "result.json"))
         if result:
-            runs.check_same(args.out, result.get("identity", {}), identity)
+            checkpoint.check_same(args.out, result.get("identity", {}), identity)
             print_result(args, result)
             return result
         saved = {"identity": identity, "step": 0, "seconds": 0.0, "probes": [], "optimizers": []}
         saved |= {"best": None, "curves": {f"{lr:g}": [] for lr in args.lr}}
-        saved = runs.load_latest(args.out, saved.keys()) or saved
-        runs.check_same(args.out, saved["identity"], identity)
+        saved = checkpoint.load_latest(args.out, saved.keys()) or saved
+        checkpoint.check_same(args.out, saved["identity"], identity)
         for lr in args.lr:
             torch.manual_seed(args.seed)  # the same initial weights at every rate
             probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
@@ -140,10 +157,10 @@ def evaluate(args, task, upstream, train, dev, test):
         for module, state in zip(probes + optimizers, saved["probes"] + saved["optimizers"]):
             module.load_state_dict(state)
         started = time.monotonic() - saved["seconds"]
-        stop = runs.StopSignal()
+        stop = program.StopSignal()
         for split in splits:
             print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
-            data.warn_skipped(split.skipped)
+            manifest.warn_skipped(split.skipped)
         print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
         compute_states(args, upstream, splits, stop)
 
@@ -160,7 +177,9 @@ def evaluate(args, task, upstream, train, dev, test):
         for lr, probe, optimizer in zip(args.lr, probes, optimizers):
             if args.lr_decay:
                 optimizer.param_groups[0]["lr"] = lr * (args.steps + 1 - step) / args.steps
-            runs.seed(args.seed, step - 1)  # the same dropout at every rate; no RNG state to resume
+            program.seed(
+                args.seed, step - 1
+            )  # the same dropout at every rate; no RNG state to resume
             loss = task.loss(probe.train()(states, frames), frames, labels)
             loss.backward()
             losses.append(loss.item())
@@ -197,7 +216,7 @@ def evaluate(args, task, upstream, train, dev, test):
             saved |= {"step": step, "seconds": time.monotonic() - started}
             saved["probes"] = [probe.state_dict() for probe in probes]
             saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            runs.save(os.path.join(args.out, "last.pt"), saved, keep_previous=True)
+            checkpoint.save(os.path.join(args.out, "last.pt"), saved, keep_previous=True)
         if stopping:
             print(f"{args.out}: stopped after step {step}; the same command resumes")
             raise SystemExit(128 + stop.number)
@@ -222,10 +241,12 @@ def evaluate(args, task, upstream, train, dev, test):
     result["seconds"] = round(time.monotonic() - started, 2)
     result |= {"settings": vars(args), "identity": identity, "torch": torch.__version__}
     if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
-        runs.warn(f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it")
+        warnings.warn(
+            f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it"
+        )
     for name, texts in (("ref", references), ("hyp", hypotheses)):
         lines = [" ".join([id, *text]) + "\n" for id, text in zip(test.ids, texts)]
-        runs.save(os.path.join(args.out, f"test.{name}"), "".join(lines))
+        checkpoint.save(os.path.join(args.out, f"test.{name}"), "".join(lines))
     write_result(args, result)
     return result
 
@@ -289,7 +310,7 @@ def write_result(args, result):
     """Writes OUT/result.json, one line per entry, and prints it."""
     entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
     path = os.path.join(args.out, "result.json")
-    runs.save(path, "{\n" + ",\n".join(entries) + "\n}\n")
+    checkpoint.save(path, "{\n" + ",\n".join(entries) + "\n}\n")
     print_result(args, result)
 
 

@@ -1,0 +1,142 @@
+"""Checkpoints: atomic saving, safe loading, the newest undamaged one, one run per folder.
+
+Needs torch and filelock alone.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import warnings
+import zipfile
+
+import torch
+from filelock import FileLock, Timeout
+
+locks = {}  # folder: FileLock; without a reference a lock would be released
+
+
+# ------------------------------------------------------------------ files
+
+
+def save(path, content, keep_previous=False):
+    """Writes a text, or what torch.save takes; the file gets its name only once it is complete.
+
+    keep_previous: for checkpoints, which survive a power cut too: the file that had the name
+        before becomes PATH.old. Raises OSError.
+    """
+    partial = f"{path}.{os.urandom(4).hex()}.partial"  # PIDs of two containers can be equal
+    try:
+        with open(partial, "wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode("utf-8", "surrogateescape"))
+            else:
+                torch.save(content, file)
+            if keep_previous:
+                file.flush()
+                os.fsync(file.fileno())
+        if keep_previous and os.path.exists(path):
+            os.replace(path, f"{path}.old")
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        reason = error.__context__ or error
+        raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+    if keep_previous:
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.damaged")
+
+
+def read_json(path):
+    """The dict in a JSON file, {} if there is no such file. Raises OSError and ValueError."""
+    if not os.path.exists(path):
+        return {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            return dict(json.load(file))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+
+
+def load(path, mmap=False):
+    """torch.load of tensors and plain types, without running code; ValueError if damaged."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()  # torch.load verifies no checksums
+            if damaged:
+                raise ValueError(f"{damaged} fails its checksum")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the formats of old files
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file can raise nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:80]
+        raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+
+
+# ------------------------------------------------------------------ the folder of a run
+
+
+def lock(folder):
+    """Locks a folder until this process ends. Raises ValueError if another run has locked it."""
+    os.makedirs(folder, exist_ok=True)
+    # A soft lock would outlive a killed run.
+    locks[folder] = FileLock(os.path.join(folder, "lock"), fallback_to_soft=False)
+    try:
+        locks[folder].acquire(timeout=0)
+    except Timeout:
+        remedy = "wait until it ends, or choose another folder"
+        raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a file system without locks
+            raise
+    for name in os.listdir(folder):
+        if name.endswith(".partial"):  # left by a killed run
+            os.remove(os.path.join(folder, name))
+
+
+def load_latest(folder, keys):
+    """The newest undamaged checkpoint of a run, a dict with all `keys`; None if there are no files.
+
+    A damaged last.pt is named in a warning, and renamed to last.pt.damaged if last.pt.old is
+    undamaged: the next save would replace that by it. Raises ValueError if none is undamaged.
+    """
+    newest = os.path.join(folder, "last.pt")
+    paths = [path for path in (newest, f"{newest}.old") if os.path.exists(path)]
+    for path in paths:
+        try:
+            checkpoint = load(path)
+            missing = [key for key in keys if key not in checkpoint]
+            if missing:
+                raise ValueError(f"{path}: not a checkpoint of this program, no {missing[0]} in it")
+        except (ValueError, TypeError) as error:
+            warnings.warn(str(error), stacklevel=2)
+            continue
+        if path != newest and newest in paths:
+            with contextlib.suppress(OSError):  # another rank may have renamed it
+                os.replace(newest, f"{newest}.damaged")
+        return checkpoint
+    if paths:
+        remedy = "move last.pt* away to start again, or choose another folder"
+        raise ValueError(f"{folder}: no undamaged checkpoint; {remedy}")
+    return None
+
+
+def check_same(folder, before, now):
+    """Raises ValueError listing the settings that differ from those that a run began with.
+
+    before, now: {name: value}. Values of flags are shown, of others (hashes) the name alone.
+    """
+    changes = []
+    for name in now:
+        if before.get(name) != now[name]:
+            values = f"was {before.get(name, 'absent')}, is {now[name]}"
+            changes.append(f"{name} {values if name.startswith('--') else 'changed'}")
+    if changes:
+        raise ValueError(
+            f"{folder}: holds another run ({'; '.join(changes)}); choose another folder"
+        )

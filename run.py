@@ -1,0 +1,196 @@
+"""The folder of one training run: its manifest, settings, metrics and checkpoints."""
+
+import contextlib
+import json
+import os
+import subprocess
+import time
+
+import torch
+
+import checkpoint
+import manifest
+import program
+from data import SAMPLE_RATE
+from program import RANK, WORLD_SIZE
+from student import save_student
+
+CONTENT = ("step", "settings", "student", "optimizer")  # of last.pt
+
+
+class Run:
+    """A new run in the folder args.out, or the one that is there, at its newest checkpoint.
+
+    The folder is locked. A new run lists its audio in manifest.tsv.
+    settings: {name: value} that must not change when a run resumes.
+    start: the step of the checkpoint, 0 for a new run.
+    Raises ValueError if the settings differ, and as find_corpus does.
+    """
+
+    def __init__(self, args, settings):
+        self.args, self.settings, self.folder = args, settings, args.out
+        self.manifest = os.path.join(self.folder, "manifest.tsv")
+        if RANK == 0:
+            checkpoint.lock(self.folder)
+        self.saved = checkpoint.load_latest(self.folder, CONTENT)
+        self.start = self.saved["step"] if self.saved else 0
+        if self.saved:
+            checkpoint.check_same(self.folder, self.saved["settings"], settings)
+        elif RANK == 0:
+            corpus = manifest.find_corpus(args.data, args.splits, args.max_seconds)
+            manifest.warn_skipped(corpus.skipped)
+            manifest.write_manifest(self.manifest, corpus)
+
+    def corpus(self):
+        """The Corpus of the manifest: what the run began with, wherever the audio is now."""
+        root = self.args.data
+        if root.endswith(".tsv"):
+            root = manifest.read_root(root)
+        return manifest.read_manifest(self.manifest, root)
+
+    def restore(self, student, optimizer, batches, stop):
+        """Gives student and optimizer the state of the checkpoint, and frees it.
+
+        batches: the TrainBatches. stop: the program.StopSignal that ends the run.
+        """
+        self.student, self.optimizer, self.stop = student, optimizer, stop
+        noise_files = batches.noise.corpus.files if batches.noise else ()
+        self.totals = {"audio": len(batches.corpus.files), "noise": len(noise_files)}
+        self.skipped = {kind: {} for kind in self.totals}  # {path: reason}, of this rank at first
+        self.reported = {kind: set() for kind in self.totals}
+        self.losses, self.samples = [], 0  # since the last line of metrics
+        if self.saved:
+            student.load_state_dict(self.saved["student"])
+            optimizer.load_state_dict(self.saved["optimizer"])
+            self.saved = None
+        if RANK == 0:
+            write_config(self.args, student.head_names)
+            self.log = Log(self.args, student.head_names, self.start)
+            verb = "resuming at step" if self.start else "step"
+            print(f"{self.folder}: {verb} {self.start} of {self.args.steps}", flush=True)
+
+    def after_step(self, step, batch, losses, norm, valid=None):
+        """Warnings, metrics, a checkpoint; ends the program on a signal, after the same step.
+
+        losses: per part of the batch (2, heads), L1 and cosine. valid: their means over held-out
+            audio, or None.
+        """
+        args = self.args
+        self.losses += losses
+        self.samples += batch["waveforms"].numel() * WORLD_SIZE
+        for kind, skipped in batch["skipped"].items():
+            self.skipped[kind] |= skipped
+        signal = self.stop.received()  # on any rank
+        is_last = step == args.steps or signal > 0
+        log_now = is_last or step % args.log_every == 0 or step == self.start + 1
+        if log_now or valid is not None:
+            self.report_skipped()
+            means = program.mean(torch.stack(self.losses).mean(0))
+            if RANK == 0:
+                lr, audio = self.optimizer.param_groups[0]["lr"], self.samples / SAMPLE_RATE
+                self.log.write(step, means, lr, float(norm), audio, valid)
+            self.losses, self.samples = [], 0
+        elif RANK == 0:
+            self.log.progress.show(step)
+        if RANK == 0 and (is_last or step % args.save_every == 0):
+            self.save(step)
+        if signal:
+            if RANK == 0:
+                text = f"{self.folder}: step {step} is saved, the same command resumes there"
+                with contextlib.suppress(OSError):  # the terminal, or tee, may be gone
+                    print(text, flush=True)
+            raise SystemExit(128 + signal)
+
+    def report_skipped(self):
+        """Warns of the files skipped on any rank. Raises ValueError for over 1% of a kind."""
+        for kind, total in self.totals.items():
+            skipped = {}
+            for skipped_by_rank in program.gather(self.skipped[kind]):
+                skipped |= skipped_by_rank
+            new = {path: why for path, why in skipped.items() if path not in self.reported[kind]}
+            manifest.warn_skipped(new)
+            self.skipped[kind], self.reported[kind] = skipped, set(skipped)
+            manifest.check_skipped(skipped, total, kind)
+
+    def end(self):
+        """After the loop. A run of 0 steps saves its initial student."""
+        if RANK == 0:
+            student = os.path.join(self.folder, "student.pt")
+            if self.args.steps == 0 or not os.path.exists(student):
+                self.save(self.start)
+            print(f"{student}: the student", flush=True)
+
+    def save(self, step):
+        """Writes student.pt, the student alone, then last.pt, all that resuming needs."""
+        args, student = self.args, self.student
+        about = {"teachers": self.settings["--teachers"], "agg": args.agg, "layers": args.layers}
+        about |= {"step": step, "data": os.path.basename(os.path.realpath(args.data))}
+        save_student(student, os.path.join(self.folder, "student.pt"), **about)
+        content = {"step": step, "settings": self.settings, "student": student.state_dict()}
+        content["optimizer"] = self.optimizer.state_dict()
+        checkpoint.save(os.path.join(self.folder, "last.pt"), content, keep_previous=True)
+
+
+class Log:
+    """Metrics, means over all ranks: printed, in OUT/metrics.jsonl, and for TensorBoard."""
+
+    def __init__(self, args, heads, start):
+        self.args, self.heads, self.board = args, heads, None
+        self.step, self.time = start, time.monotonic()
+        self.progress = program.Progress("step", args.steps, start)
+        self.path = os.path.join(args.out, "metrics.jsonl")
+        if os.path.exists(self.path):  # drop what was written after the checkpoint
+            with open(self.path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("}\n")]
+            lines = [line for line in lines if json.loads(line)["step"] <= start]
+            checkpoint.save(self.path, "".join(lines))
+        if args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(args.out, purge_step=start + 1)
+
+    def write(self, step, means, lr, norm, audio, valid):
+        """means: (2, heads), L1 and cosine; audio: seconds; both since the last line.
+
+        valid: (2, heads) too, on held-out audio, or None.
+        """
+        seconds = time.monotonic() - self.time
+        left = program.time_left(seconds / (step - self.step) * (self.args.steps - step))
+        self.step, self.time = step, time.monotonic()
+        loss, l1, cosine = self.loss(means)
+        text = f"loss {loss:.4f}  L1 {l1:.4f}  cosine {cosine:.4f}  lr {lr:.2e}"
+        row = {"step": step, "loss": loss, "l1": l1, "cosine": cosine, "lr": lr, "norm": norm}
+        row["seconds"] = seconds
+        for head, (head_l1, head_cosine) in zip(self.heads, means.t().tolist()):
+            row |= {f"l1/{head}": head_l1, f"cosine/{head}": head_cosine}
+        if valid is not None:
+            row["valid"], row["valid_l1"], row["valid_cosine"] = self.loss(valid)
+            text += f"  valid {row['valid']:.4f}"
+        text += f"  {audio / seconds:.3g} s of audio/s  {left}"
+        with contextlib.suppress(OSError):  # tee may have ended: Ctrl-C ends it too
+            print(f"step {step}/{self.args.steps}  {text}", flush=True)
+        self.progress.printed = time.monotonic()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.board:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
+
+    def loss(self, terms):
+        """[loss, L1, cosine], means over the heads of (2, heads)."""
+        l1, cosine = terms.mean(dim=1).tolist()
+        return [l1 + self.args.cosine_weight * cosine, l1, cosine]
+
+
+def write_config(args, heads):
+    """Writes OUT/config.json: settings, heads, version, and the commit of a git checkout."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # git is not installed
+        commit = ""
+    config = {"settings": vars(args), "heads": heads, "processes": WORLD_SIZE}
+    config |= {"torch": torch.__version__, "commit": commit or "not recorded"}
+    checkpoint.save(os.path.join(args.out, "config.json"), json.dumps(config, indent=2))
