@@ -65,7 +65,9 @@ class Ensemble:
         if len(self.layers) != len(teachers):
             given = f"{len(self.layers)} lists of layers for {len(teachers)} teachers"
             raise ValueError(f"{given}; give one list for all, or one per teacher")
-        if weights is not None and (len(weights) != len(teachers) or min(weights) <= 0):
+        if weights is not None and (
+            len(weights) != len(teachers) or not all(x > 0 for x in weights)
+        ):
             raise ValueError(
                 f"weights {weights} for {len(teachers)} teachers; give each one above 0"
             )

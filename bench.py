@@ -23,8 +23,8 @@ import train
 from encoder import EncoderConfig, SpeechEncoder
 
 TEACHERS = {"hubert-1": 0, "hubert-2": 0, "wavlm": 320}  # their relative position buckets
-PARTS = {  # functions that train.main() calls at every step
-    "targets": [(train, "compute_targets"), (train, "dequantize")],
+PARTS = {  # functions that train.distil() calls at every step
+    "targets": [(train.Ensemble, "__call__"), (train.cache, "dequantize")],
     "forward": [(train.Student, "__call__")],
     "backward": [(torch.Tensor, "backward")],
     "optimizer": [(torch.optim.AdamW, "step")],
@@ -84,6 +84,7 @@ def time_steps(flags):
 
 
 def main(arguments=None):
+    program.init()
     with program.one_line_errors():
         parser = program.Parser(__doc__.split("\n")[0])
         add = parser.add_argument

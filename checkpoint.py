@@ -132,9 +132,9 @@ def check_same(folder, before, now):
     before, now: {name: value}. Values of flags are shown, of others (hashes) the name alone.
     """
     changes = []
-    for name in now:
-        if before.get(name) != now[name]:
-            values = f"was {before.get(name, 'absent')}, is {now[name]}"
+    for name in now | before:
+        if before.get(name) != now.get(name):
+            values = f"was {before.get(name)}, is {now.get(name)}"
             changes.append(f"{name} {values if name.startswith('--') else 'changed'}")
     if changes:
         raise ValueError(

@@ -24,7 +24,6 @@ from conftest import (
 )
 
 import aggregate
-import data
 import manifest
 import train
 from encoder import SpeechEncoder
@@ -159,7 +158,7 @@ def test_targets_are_cached_per_ensemble_and_code_and_used_again(job, tmp_path, 
         distil(job, tmp_path / f"other{number}", cache=cache, steps=1, **other)
         assert len(list(cache.iterdir())) == number
     source = train.inspect.getsource
-    monkeypatch.setattr(train.inspect, "getsource", lambda module: source(module) + "# edited")
+    monkeypatch.setattr(train.inspect, "getsource", lambda part: source(part) + "# edited")
     distil(job, tmp_path / "edited", cache=cache, steps=1)
     assert len(list(cache.iterdir())) == 5
 
@@ -284,7 +283,7 @@ def test_other_noise_is_refused_on_resume_and_a_moved_folder_is_not(job, tmp_pat
     write_audio(tmp_path / "moved" / "more", [4000])
     for other in ({"noise": tmp_path / "moved"}, {}):
         line = refusal(capsys, flags(job, tmp_path / "out", **settings, **other))
-        assert "holds another run (files of --noise was" in line
+        assert "holds another run (files of noise changed" in line
 
 
 def test_a_student_of_another_width_has_the_teachers_convolutions(job):
@@ -321,7 +320,7 @@ def test_unreadable_files_are_replaced_and_named_and_over_one_percent_is_an_erro
         for path in paths[:lost]:
             path.unlink()
 
-    monkeypatch.setattr(data, "write_manifest", deleted_afterwards)
+    monkeypatch.setattr(manifest, "write_manifest", deleted_afterwards)
     settings = {"data": tmp_path / "audio", "log_every": 1, "steps": 30}
     if lost == 2:
         with pytest.raises(ValueError, match="2 of 120 audio files cannot be used, over 1%"):
@@ -344,7 +343,7 @@ def test_the_learning_rate_rises_linearly_and_decays_linearly_to_zero():
 
 def test_the_defaults_are_the_papers_recipe():
     args = vars(train.parse([]))
-    expected = {"agg": "avg", "heads": [4, 8, 12], "student_layers": 2, "init": "first"}
+    expected = {"agg": "avg", "layers": [4, 8, 12], "student_layers": 2, "init": "first"}
     expected |= {"dropout": 0.1, "steps": 200_000, "batch_size": 24, "lr": 2e-4, "warmup": 0.07}
     expected |= {"clip": 5.0, "cosine_weight": 1.0, "out": "runs/avg", "data": "data/LibriSpeech"}
     expected |= {"teachers": ["hubert", "robust_hubert", "wavlm_plus"], "max_seconds": 15.625}
@@ -372,7 +371,8 @@ def test_a_finished_run_is_not_changed_from_any_directory(job, reference, tmp_pa
 
 def test_other_settings_and_teachers_are_refused_on_resume(job, reference, tmp_path, capsys):
     line = refusal(capsys, flags(job, job / "one", heads="2,3", lr=2e-3))
-    assert "--heads was [2, 4], is [2, 3]" in line and "--lr was 0.001, is 0.002" in line
+    assert "--heads was [[2, 4], [2, 4], [2, 4]], is [[2, 3], [2, 3], [2, 3]]" in line
+    assert "--lr was 0.001, is 0.002" in line
     assert "--steps" not in line
     shutil.copytree(job / "one", tmp_path / "out")
     for name in ("hubert", "robust", "wavlm"):
@@ -380,7 +380,7 @@ def test_other_settings_and_teachers_are_refused_on_resume(job, reference, tmp_p
     save_official(random_encoder(7), tmp_path / "hubert.pt", "fairseq")
     teachers = ",".join(f"{tmp_path}/{name}.pt" for name in ("hubert", "robust", "wavlm"))
     line = refusal(capsys, flags(job, tmp_path / "out", teachers=teachers))
-    assert "holds another run (hubert was" in line
+    assert "holds another run (weights of hubert changed)" in line
     for names in ("hubert,robust", "robust,hubert,wavlm"):  # another average; another order
         teachers = ",".join(f"{job}/{name}.pt" for name in names.split(","))
         line = refusal(capsys, flags(job, tmp_path / "out", teachers=teachers))
@@ -403,8 +403,12 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     os.replace(tmp_path / "audio", tmp_path / "moved")
     settings["data"].write_text("\n".join([str(tmp_path / "moved"), *lines[1:]]))
     assert_equal_student(distil(job, tmp_path / "list", **settings), expected)
+    settings["data"].write_text("\n".join([*lines[:3], "", *lines[3:]]))  # a blank line more
+    distil(job, tmp_path / "list", **settings)
     settings["data"].write_text("\n".join(lines[:-1]))
-    assert "lines of --data was" in refusal(capsys, flags(job, tmp_path / "list", **settings))
+    assert "lines of the manifest changed" in refusal(
+        capsys, flags(job, tmp_path / "list", **settings)
+    )
     settings["data"] = write_audio(tmp_path / "other" / "folder", [6000])[0].parent.parent
     assert "000.flac and others cannot be read in" in refusal(
         capsys, flags(job, tmp_path / "out", **settings)
@@ -416,7 +420,7 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
 
 BAD_INPUT = [
     ({"data": "nowhere"}, ["nowhere", "no such folder"]),
-    ({"splits": "train-clean-100"}, ["train-clean-100", "--splits"]),
+    ({"splits": "train-clean-100"}, ["train-clean-100", "no such folder"]),
     ({"data": "{job}/empty"}, ["no audio", "empty"]),
     ({"teachers": "nowhere.pt"}, ["nowhere.pt", "hubert"]),
     ({"teachers": "{job}/short.pt"}, ["short.pt", "damaged"]),
@@ -434,13 +438,25 @@ BAD_INPUT = [
     ({"heads": "2,2"}, ["--heads"]),
     ({"heads": "two"}, ["--heads", "two"]),
     ({"heads": "0,2"}, ["--heads"]),
-    ({"teachers": "{job}/hubert.pt,{job}/wavlm_large.pt"}, ["hubert 48", "wavlm_large 64"]),
+    (
+        {"teachers": "{job}/hubert.pt,{job}/wavlm_large.pt"},
+        ["average", "hubert 48", "wavlm_large 64"],
+    ),
     ({"agg": "mean"}, ["--agg", "mean"]),
     ({"batch_size": 9, "accumulate": 2}, ["--batch-size 9", "--accumulate 2"]),
-    ({"batch_size": 64}, ["--batch-size 64", "utterances"]),
+    ({"batch_size": 64}, ["batch of 64", "utterances"]),
     ({"student_layers": 5}, ["of 5 layers", "random initial weights"]),
     ({"lr": "fast"}, ["--lr", "fast"]),
-    ({"max_seconds": 0.01}, ["--max-seconds", "0.05"]),
+    ({"max_seconds": 0.01}, ["pieces of 0.01 s", "0.05"]),
+    ({"weight_decay": -1}, ["--weight-decay", "at least 0"]),
+    ({"lr": -1e-3}, ["--lr", "at least 0"]),
+    ({"clip": "nan"}, ["--clip", "at least 0"]),
+    ({"dropout": 2}, ["--dropout", "from 0 to 1"]),
+    ({"warmup": 7}, ["--warmup", "from 0 to 1"]),
+    ({"weights": "1,2"}, ["weights [1.0, 2.0]", "3 teachers"]),
+    ({"weights": "1,2,1", "agg": "concat"}, ["--weights", "--agg avg"]),
+    ({"valid": "telephone"}, ["--valid telephone", "training audio"]),
+    ({"valid": "nowhere"}, ["nowhere", "no such folder"]),
     ({"out": "{job}/strange"}, ["strange", "last.pt"]),
 ]
 
@@ -477,11 +493,11 @@ def write_bad_files(job):
 
 
 def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
-    code = "import runs, sys; program.init()\nwith program.one_line_errors():\n"
+    code = "import program\nprogram.init()\nprogram.join()\nwith program.one_line_errors():\n"
     code += "    if program.RANK == 1:\n        raise ValueError('only here')\n"
-    (tmp_path / "program.py").write_text(code)
-    done = run(tmp_path / "program.py", cwd=tmp_path, processes=2)
-    assert done.returncode != 0 and done.stderr.count("program.py: only here") == 1
+    (tmp_path / "other.py").write_text(code)
+    done = run(tmp_path / "other.py", cwd=tmp_path, processes=2)
+    assert done.returncode != 0 and done.stderr.count("other.py: only here") == 1
     done = run("train.py", *flags(job, tmp_path / "out", heads="2,7"), cwd=job, processes=2)
     assert done.stderr.count("train.py: ") == 1 and "7" in done.stderr
     assert f'{ROOT / "train.py"}", line' not in done.stderr  # no traceback
