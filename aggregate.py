@@ -65,17 +65,15 @@ class Ensemble:
         if len(self.layers) != len(teachers):
             given = f"{len(self.layers)} lists of layers for {len(teachers)} teachers"
             raise ValueError(f"{given}; give one list for all, or one per teacher")
-        if weights is not None and (
-            len(weights) != len(teachers) or not all(x > 0 for x in weights)
-        ):
-            raise ValueError(
-                f"weights {weights} for {len(teachers)} teachers; give each one above 0"
-            )
+        if weights and (len(weights) != len(teachers) or min(weights) <= 0):
+            given = f"weights {weights} for {len(teachers)} teachers"
+            raise ValueError(f"{given}; give one above 0 per teacher")
         first = [conv[1:] for conv in self.teachers[0].config.conv_layers]
         for name, teacher, numbers in zip(self.names, self.teachers, self.layers):
             highest = teacher.config.layers
             if max(numbers) > highest:
-                raise ValueError(f"{name} has {highest} layers, no layer {max(numbers)}")
+                given = f"{name} has {highest} layers, no layer {max(numbers)}"
+                raise ValueError(f"{given}; choose the layers of the heads from 1 to {highest}")
             if [conv[1:] for conv in teacher.config.conv_layers] != first:
                 raise ValueError(f"{name}: its frames differ from those of {self.names[0]}")
         self.heads = self.find_heads()

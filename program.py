@@ -242,8 +242,11 @@ def at_least_0(text, highest=math.inf):
 
 
 def numbers(text):
-    """Flag type: numbers separated by commas."""
-    return [float(number) for number in text.split(",")]
+    """Flag type: finite numbers separated by commas."""
+    values = [float(number) for number in text.split(",")]
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text}: not finite")
+    return values
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from conftest import (
 )
 
 import aggregate
+import cache
 import manifest
 import train
 from encoder import SpeechEncoder
@@ -207,6 +208,40 @@ def test_a_disk_without_room_is_an_error_before_the_teachers_run(
     assert "--cache" in line and "GB free" in line and not calls
 
 
+def test_targets_of_other_frames_are_not_cached(job, tmp_path, capsys):
+    convolutions = ((32, 10, 5),) + ((32, 3, 2),) * 4 + ((32, 2, 2),)  # 160 samples per frame
+    teacher = random_encoder(0, conv_layers=convolutions)
+    save_official(teacher, tmp_path / "fast.pt", "fairseq")
+    settings = {"teachers": tmp_path / "fast.pt", "steps": 1}
+    line = refusal(capsys, flags(job, tmp_path / "out", cache=tmp_path / "cache", **settings))
+    assert "--cache" in line and "320 samples" in line
+    distil(job, tmp_path / "out", **settings)
+
+
+def test_targets_that_are_not_finite_are_not_cached(job, tmp_path, monkeypatch):
+    average = aggregate.average
+    infinite = lambda states: [target * float("inf") for target in average(states)]  # noqa: E731
+    monkeypatch.setitem(aggregate.AGGREGATIONS, "infinite", infinite)
+    with pytest.raises(RuntimeError, match="000.flac: the teachers' states are not finite"):
+        distil(job, tmp_path / "out", agg="infinite", cache=tmp_path / "cache", steps=1)
+    assert not list((tmp_path / "cache").rglob("*.pt"))
+
+
+def test_cached_targets_of_an_older_version_would_be_noticed():
+    """If a number below changes, raise cache.VERSION: cached targets no longer fit the code."""
+    assert cache.VERSION == 1
+    encoder = random_encoder(5, relative_buckets=320)
+    waveform = torch.sin(torch.arange(4000.0) ** 1.3)[None] / 10
+    with torch.no_grad():
+        state = encoder(waveform, layers=[3])[0][0]
+    saved = cache.quantize(state)
+    found = [float(state.square().mean()), float(state[3, 7]), float(state[11, 40])]
+    assert found == pytest.approx([1.02108, -0.03428, -0.75951], abs=1e-4)
+    assert saved["values"].sum(0)[:6].tolist() == pytest.approx(
+        [154, 269, 96, -302, -528, 92], abs=2
+    )
+
+
 # ------------------------------------------------------------------ what a run writes
 
 
@@ -308,6 +343,38 @@ def test_zero_steps_save_the_student_as_it_begins(job, tmp_path):
         assert torch.equal(weights[f"encoder.{name}"], teacher[name]), name
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_loss_on_held_out_audio_is_the_same_on_two_processes(job, tmp_path, cached):
+    write_audio(tmp_path / "audio" / "train", [6400] * 24, seed=3)
+    write_audio(tmp_path / "audio" / "valid", [7000 + 100 * i for i in range(20)], seed=4)
+    settings = {"data": tmp_path / "audio", "splits": "train", "max_seconds": 1, "dropout": 0.3}
+    settings |= {"valid": "valid", "valid_every": 8, "log_every": 3, "steps": 20}
+    if cached:
+        settings["cache"] = tmp_path / "cache"
+    distil(job, tmp_path / "one", **settings, lr=0)
+    distil(job, tmp_path / "two", 2, **settings, lr=0, accumulate=2)
+    lines = [line for line in metrics(tmp_path / "one") if "valid" in line]
+    assert [line["step"] for line in lines] == [8, 16, 20]
+    losses = [line["valid"] for line in lines]
+    assert losses[0] == losses[1] == losses[2]  # a rate of 0; no dropout, the same crops
+    assert lines[0]["valid"] == pytest.approx(lines[0]["valid_l1"] + lines[0]["valid_cosine"])
+    other = [line["valid"] for line in metrics(tmp_path / "two") if "valid" in line]
+    assert other == pytest.approx(losses, rel=1e-5)
+    distil(job, tmp_path / "learns", **settings)
+    learned = [line["valid"] for line in metrics(tmp_path / "learns") if "valid" in line]
+    assert learned[-1] < learned[0] < losses[0]
+    if cached:
+        assert len(list((tmp_path / "cache").rglob("*.pt"))) == 24 + 20
+
+
+def test_without_clipping_the_gradient_is_used_as_it_is(job, reference):
+    weights = distil(job, "unclipped", clip=0)
+    assert_equal_student(weights, reference)  # whose gradients are below the limit
+    limited = distil(job, "clipped", clip=1e-4)
+    name = "encoder.layers.0.ffn_in.weight"
+    assert not torch.equal(limited[name], weights[name])
+
+
 @pytest.mark.parametrize("lost", [1, 2])
 def test_unreadable_files_are_replaced_and_named_and_over_one_percent_is_an_error(
     job, tmp_path, capsys, monkeypatch, lost
@@ -387,6 +454,24 @@ def test_other_settings_and_teachers_are_refused_on_resume(job, reference, tmp_p
         assert "--teachers was ['hubert', 'robust', 'wavlm']" in line
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_edited_aggregation_is_refused_on_resume(job, tmp_path, capsys, monkeypatch, cached):
+    more = {"steps": 2} | ({"cache": tmp_path / "cache"} if cached else {})
+    distil(job, tmp_path / "out", **more)
+    source = train.inspect.getsource
+    monkeypatch.setattr(train.inspect, "getsource", lambda part: source(part) + "# edited")
+    line = refusal(capsys, flags(job, tmp_path / "out", **more))
+    assert "holds another run (source of the aggregation changed)" in line
+
+
+def test_all_differences_from_the_run_before_are_listed(job, tmp_path, capsys):
+    distil(job, tmp_path / "out", steps=1)
+    other = {"teachers": f"{job}/robust.pt,{job}/wavlm.pt", "lr": 2e-3, "steps": 1}
+    line = refusal(capsys, flags(job, tmp_path / "out", **other))
+    for name in ("--teachers was", "--lr was", "--heads was", "weights of hubert changed"):
+        assert name in line
+
+
 def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     write_audio(tmp_path / "audio", [6000] * 10)
     settings = {"data": tmp_path / "audio", "steps": 4}
@@ -403,7 +488,7 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     os.replace(tmp_path / "audio", tmp_path / "moved")
     settings["data"].write_text("\n".join([str(tmp_path / "moved"), *lines[1:]]))
     assert_equal_student(distil(job, tmp_path / "list", **settings), expected)
-    settings["data"].write_text("\n".join([*lines[:3], "", *lines[3:]]))  # a blank line more
+    settings["data"].write_text("\n".join([str(tmp_path / "moved"), *lines[1:3], "", *lines[3:]]))
     distil(job, tmp_path / "list", **settings)
     settings["data"].write_text("\n".join(lines[:-1]))
     assert "lines of the manifest changed" in refusal(
@@ -453,6 +538,7 @@ BAD_INPUT = [
     ({"clip": "nan"}, ["--clip", "at least 0"]),
     ({"dropout": 2}, ["--dropout", "from 0 to 1"]),
     ({"warmup": 7}, ["--warmup", "from 0 to 1"]),
+    ({"weights": "1,2,nan"}, ["--weights", "nan"]),
     ({"weights": "1,2"}, ["weights [1.0, 2.0]", "3 teachers"]),
     ({"weights": "1,2,1", "agg": "concat"}, ["--weights", "--agg avg"]),
     ({"valid": "telephone"}, ["--valid telephone", "training audio"]),
