@@ -2,6 +2,7 @@
 
     python bench.py --cache
     python bench.py --agg concat --precision bf16
+    python bench.py --student                        # a student beside a teacher, in use
 
 Other flags go to train.py; audio, teachers and batch size are set here.
 The first two steps of a run are not timed.
@@ -83,6 +84,23 @@ def time_steps(flags):
     return steps
 
 
+def time_student(seconds=10, rounds=7):
+    """Prints the time of the default student and of a Base teacher for an utterance."""
+    teacher = load_teacher("hubert-1", program.find_device())
+    student = train.Student(train.student_config(teacher.config), []).to(teacher.norm.weight).eval()
+    networks, times = {"teacher": teacher, "student": student.encoder}, []
+    waveform = 0.1 * torch.randn(1, seconds * data.SAMPLE_RATE).to(teacher.norm.weight)
+    for _ in range(rounds):  # in turn, since a machine's speed varies
+        for name, network in networks.items():
+            with torch.no_grad():
+                timed(network, name, times)(waveform)
+    for name, network in networks.items():
+        median = np.median([end - start for part, start, end in times if part == name])
+        millions = sum(weight.numel() for weight in network.parameters()) / 1e6
+        speed = f"{median / seconds:.3g} s per second of audio, {seconds} s at a time"
+        print(f"{name}: {millions:.1f} million parameters, {speed}")
+
+
 def main(arguments=None):
     program.init()
     with program.one_line_errors():
@@ -91,7 +109,10 @@ def main(arguments=None):
         add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="per utterance")
         add("--steps", type=program.count, default=5, help="timed steps per round")
         add("--cache", action="store_true", help="also time steps with cached targets")
+        add("--student", action="store_true", help="time a student and a teacher in use instead")
         args, others = parser.parse_known_args(arguments)
+    if args.student:
+        return time_student()
     flags = ["--teachers", ",".join(TEACHERS), "--splits", ".", "--max-seconds", "inf"]
     flags += ["--batch-size", str(len(args.seconds)), "--steps", str(WARMUP + args.steps)]
     kinds = ["step", "step with cached targets"] if args.cache else ["step"]
