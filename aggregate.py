@@ -11,17 +11,17 @@ import torch
 
 
 def average(states, weights=None):
-    """Layerwise average: per layer, the mean over teachers.
+    """Layerwise average: per layer, the mean over teachers, whose states are not normalised.
 
     states[teacher][layer]: (batch, frames, dim), the same dim for all teachers.
     weights: one number per teacher, or None for equal weights.
     Returns one (batch, frames, dim) target per layer, in float32.
     """
-    layers = [torch.stack(layer).float() for layer in zip(*states, strict=True)]
+    per_layer = [torch.stack(of_teachers).float() for of_teachers in zip(*states, strict=True)]
     if weights is None:
-        return [layer.mean(0) for layer in layers]
-    shares = torch.tensor(weights, device=layers[0].device) / sum(weights)
-    return [torch.tensordot(shares, layer, dims=1) for layer in layers]
+        return [of_teachers.mean(0) for of_teachers in per_layer]
+    shares = torch.tensor(weights, device=per_layer[0].device) / sum(weights)
+    return [torch.tensordot(shares, of_teachers, dims=1) for of_teachers in per_layer]
 
 
 def concatenate(states):
@@ -30,7 +30,7 @@ def concatenate(states):
     states[teacher][layer]: (batch, frames, dim of that teacher).
     Returns one (batch, frames, sum of dims) target per layer.
     """
-    return [torch.cat(layer, dim=-1) for layer in zip(*states, strict=True)]
+    return [torch.cat(of_teachers, dim=-1) for of_teachers in zip(*states, strict=True)]
 
 
 def separate(states):
@@ -38,7 +38,7 @@ def separate(states):
 
     states[teacher][layer] and each target: (batch, frames, dim of that teacher).
     """
-    return [state for layers in states for state in layers]
+    return [state for of_teacher in states for state in of_teacher]
 
 
 AGGREGATIONS = {"avg": average, "concat": concatenate, "none": separate}
@@ -49,8 +49,9 @@ class Ensemble:
 
     teachers: {name: network}. A network needs `config.layers`, `config.dim` and
         `config.conv_layers` [(channels, kernel, stride), ...], as an EncoderConfig has, and
-        `network(waveforms, layers=[4, 8])` gives one (batch, frames, dim) per requested layer.
-    layers: numbers of hidden states, one list for all teachers, or one list per teacher.
+        `network(waveforms, layers=[4, 8])` gives one (batch, frames, dim) per requested layer,
+        in the requested order.
+    layers: numbers of hidden states, one list for all teachers, or one equally long per teacher.
     agg: a key of AGGREGATIONS. weights: of the teachers in an average, or None.
     heads: [(name, target dim), ...], a prediction head of the student per target.
     Raises ValueError for a layer that a teacher lacks, for frames that differ between teachers,
@@ -62,19 +63,19 @@ class Ensemble:
         self.layers = layers if isinstance(layers[0], list) else [layers] * len(teachers)
         self.aggregation = AGGREGATIONS[agg]
         self.options = {} if weights is None else {"weights": weights}
-        if len(self.layers) != len(teachers):
+        if len(self.layers) != len(teachers) or len(set(map(len, self.layers))) > 1:
             given = f"{len(self.layers)} lists of layers for {len(teachers)} teachers"
-            raise ValueError(f"{given}; give one list for all, or one per teacher")
+            raise ValueError(f"{given}; give one list for all, or equally long ones per teacher")
         if weights and (len(weights) != len(teachers) or min(weights) <= 0):
             given = f"weights {weights} for {len(teachers)} teachers"
             raise ValueError(f"{given}; give one above 0 per teacher")
-        first = [conv[1:] for conv in self.teachers[0].config.conv_layers]
+        first_frames = [conv[1:] for conv in self.teachers[0].config.conv_layers]
         for name, teacher, numbers in zip(self.names, self.teachers, self.layers):
             highest = teacher.config.layers
             if max(numbers) > highest:
                 given = f"{name} has {highest} layers, no layer {max(numbers)}"
                 raise ValueError(f"{given}; choose the layers of the heads from 1 to {highest}")
-            if [conv[1:] for conv in teacher.config.conv_layers] != first:
+            if [conv[1:] for conv in teacher.config.conv_layers] != first_frames:
                 raise ValueError(f"{name}: its frames differ from those of {self.names[0]}")
         self.heads = self.find_heads()
 
@@ -93,8 +94,8 @@ class Ensemble:
     def find_heads(self):
         """The heads, from the targets that the aggregation makes of zeros.
 
-        Names: "layer4", "layer4-8" if the layers differ between teachers; "wavlm.layer4" if there
-        is a target per teacher and layer; otherwise "target1".
+        Names: with a target per layer "layer4", or "layer4-8" if the layers differ between
+        teachers; with a target per teacher and layer "wavlm.layer4"; with others "target1".
         """
         dims = [teacher.config.dim for teacher in self.teachers]
         zeros = [[torch.zeros(1, 2, dim)] * len(self.layers[0]) for dim in dims]

@@ -58,7 +58,7 @@ class Run:
         self.totals = {"audio": len(batches.corpus.files), "noise": len(noise_files)}
         self.skipped = {kind: {} for kind in self.totals}  # {path: reason}, of this rank at first
         self.reported = {kind: set() for kind in self.totals}
-        self.losses, self.samples = [], 0  # since the last line of metrics
+        self.terms, self.samples = [], 0  # since the last line of metrics
         if self.saved:
             student.load_state_dict(self.saved["student"])
             optimizer.load_state_dict(self.saved["optimizer"])
@@ -69,27 +69,27 @@ class Run:
             verb = "resuming at step" if self.start else "step"
             print(f"{self.folder}: {verb} {self.start} of {self.args.steps}", flush=True)
 
-    def after_step(self, step, batch, losses, norm, valid=None):
-        """Warnings, metrics, a checkpoint; ends the program on a signal, after the same step.
+    def after_step(self, step, batch, terms, norm, held_out_terms):
+        """Warnings, metrics, a checkpoint; ends the program on a signal, all ranks after one step.
 
-        losses: per part of the batch (2, heads), L1 and cosine. valid: their means over held-out
-            audio, or None.
+        terms: per part of the batch (2, heads), L1 and cosine.
+        held_out_terms: the mean over held-out batches, or None.
         """
         args = self.args
-        self.losses += losses
+        self.terms += terms
         self.samples += batch["waveforms"].numel() * WORLD_SIZE
         for kind, skipped in batch["skipped"].items():
             self.skipped[kind] |= skipped
         signal = self.stop.received()  # on any rank
         is_last = step == args.steps or signal > 0
         log_now = is_last or step % args.log_every == 0 or step == self.start + 1
-        if log_now or valid is not None:
+        if log_now or held_out_terms is not None:
             self.report_skipped()
-            means = program.mean(torch.stack(self.losses).mean(0))
+            means = program.mean(torch.stack(self.terms).mean(0))
             if RANK == 0:
                 lr, audio = self.optimizer.param_groups[0]["lr"], self.samples / SAMPLE_RATE
-                self.log.write(step, means, lr, float(norm), audio, valid)
-            self.losses, self.samples = [], 0
+                self.log.write(step, means, lr, float(norm), audio, held_out_terms)
+            self.terms, self.samples = [], 0
         elif RANK == 0:
             self.log.progress.show(step)
         if RANK == 0 and (is_last or step % args.save_every == 0):
@@ -149,10 +149,10 @@ class Log:
 
             self.board = SummaryWriter(args.out, purge_step=start + 1)
 
-    def write(self, step, means, lr, norm, audio, valid):
+    def write(self, step, means, lr, norm, audio, held_out_terms):
         """means: (2, heads), L1 and cosine; audio: seconds; both since the last line.
 
-        valid: (2, heads) too, on held-out audio, or None.
+        held_out_terms: (2, heads) too, or None.
         """
         seconds = time.monotonic() - self.time
         left = program.time_left(seconds / (step - self.step) * (self.args.steps - step))
@@ -163,8 +163,8 @@ class Log:
         row["seconds"] = seconds
         for head, (head_l1, head_cosine) in zip(self.heads, means.t().tolist()):
             row |= {f"l1/{head}": head_l1, f"cosine/{head}": head_cosine}
-        if valid is not None:
-            row["valid"], row["valid_l1"], row["valid_cosine"] = self.loss(valid)
+        if held_out_terms is not None:
+            row["valid"], row["valid_l1"], row["valid_cosine"] = self.loss(held_out_terms)
             text += f"  valid {row['valid']:.4f}"
         text += f"  {audio / seconds:.3g} s of audio/s  {left}"
         with contextlib.suppress(OSError):  # tee may have ended: Ctrl-C ends it too

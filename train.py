@@ -30,38 +30,35 @@ from teachers import digest, load_teacher, short_names
 def distil(args, ensemble, student, optimizer, batches, held_out, run, device):
     """Ensemble knowledge distillation: the student learns to predict the ensemble's targets.
 
-    batches: per step, utterances of one length as tensors: "waveforms"; "noisy" waveforms for the
-        student alone; "values", "scale" and "zero" of the targets if they are cached.
+    batches: per step, a batch of utterances of one length, as TrainBatches makes them.
     held_out: TrainBatches to validate on, or None.
     """
-    model = data_parallel(student, device)
+    parallel_student = data_parallel(student, device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16")
 
     def forward(part):
         """(loss, L1 per head, cosine per head) of a part of a batch."""
-        if "values" in part:
-            targets = cache.dequantize(part["values"], part["scale"], part["zero"])
-            targets = ensemble.split(targets)
-        else:
-            targets = ensemble(part["waveforms"])
+        targets = find_targets(part, ensemble)
         with autocast:
-            predictions = model(part.get("noisy", part["waveforms"]))
+            predictions = parallel_student(part.get("noisy", part["waveforms"]))
         return distillation_loss(predictions, targets, args.cosine_weight)
 
     for step, batch in enumerate(batches, start=run.start + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
-        program.seed(args.seed, step, RANK)  # of dropout: no RNG state has to be resumed
-        losses = []
-        for number, part in enumerate(parts(batch, args.accumulate, device), start=1):
-            model.require_backward_grad_sync = number == args.accumulate  # DDP: once per step
+        program.seed(args.seed, step, RANK)  # for dropout; a resumed run needs no saved RNG state
+        terms = []
+        for number, part in enumerate(split(batch, args.accumulate, device), start=1):
+            is_last = number == args.accumulate
+            parallel_student.require_backward_grad_sync = is_last  # DDP averages once per step
             loss, l1, cosine = forward(part)
             (loss / args.accumulate).backward()
-            losses.append(torch.stack([l1, cosine]))
+            terms.append(torch.stack([l1, cosine]))
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.clip or math.inf)
         check_finite(norm, step, batch["paths"])
         optimizer.step()
         optimizer.zero_grad()
-        run.after_step(step, batch, losses, norm, validate(step, args, forward, student, held_out))
+        held_out_terms = validate(step, args, forward, student, held_out)
+        run.after_step(step, batch, terms, norm, held_out_terms)
 
 
 def main(arguments=None):
@@ -73,23 +70,16 @@ def main(arguments=None):
     with program.one_line_errors():
         device = program.find_device()
         args.precision = program.precision(args.precision, device)
-        named = zip(short_names(args.teachers), args.teachers)
-        teachers = {name: load_teacher(path, device) for name, path in named}
-        ensemble = Ensemble(teachers, args.layers, args.agg, args.weights)
+        ensemble = load_ensemble(args, device)
         identity = target_identity(args, ensemble)
         noise = find_noise(args)
         run = Run(args, fixed_settings(args, ensemble, noise) | identity)
-    starts = program.gather(run.start)  # a barrier too: the manifest is complete
+    starts = program.gather(run.start)  # waits until rank 0 has written the manifest
 
     with program.one_line_errors():
         if len(set(starts)) > 1:
             raise ValueError(f"{args.out}: different checkpoints per process; use a shared folder")
-        first = ensemble.teachers[0]
-        torch.manual_seed(args.seed)
-        config = student_config(first.config, args.student_layers, args.dropout, args.student_dim)
-        student = Student(config, ensemble.heads)
-        if args.init == "first":
-            initialise(student, first)
+        student = make_student(args, ensemble)
         corpus = run.corpus()
         batches = data.TrainBatches(corpus, args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
         held_out = find_held_out(args, corpus)
@@ -97,12 +87,14 @@ def main(arguments=None):
     stop = program.StopSignal()
 
     student.to(device).train()
-    if args.precision == "bf16":  # frozen, so cast once instead of at every step
+    if args.precision == "bf16":
+        # Cast once: autocast would cast the weights at every step.
         ensemble.teachers = [teacher.to(torch.bfloat16) for teacher in ensemble.teachers]
     if args.cache and run.start < args.steps:
         folder = os.path.join(args.cache, f"targets-{args.agg}-{cache.key(*identity.values())}")
-        for part in filter(None, (batches, held_out)):
-            part.cache = fill_cache(folder, ensemble, part.corpus, device, stop)
+        batches.cache = fill_cache(folder, ensemble, corpus, device, stop)
+        if held_out:
+            held_out.cache = fill_cache(folder, ensemble, held_out.corpus, device, stop)
         ensemble.teachers = []  # frees their memory
     if args.compile:
         compile_networks([*ensemble.teachers, student])
@@ -131,11 +123,19 @@ def data_parallel(student, device):
     return DistributedDataParallel(student, devices, gradient_as_bucket_view=True)
 
 
-def parts(batch, count, device):
+def split(batch, count, device):
     """Yields the tensors of a batch in `count` equal parts, on the device."""
     tensors = {name: x.chunk(count) for name, x in batch.items() if torch.is_tensor(x)}
     for number in range(count):
         yield {name: x[number].to(device, non_blocking=True) for name, x in tensors.items()}
+
+
+def find_targets(part, ensemble):
+    """One (batch, frames, dim) target per head: cached, or from the teachers."""
+    if "values" in part:
+        targets = cache.dequantize(part["values"], part["scale"], part["zero"])
+        return ensemble.split(targets)
+    return ensemble(part["waveforms"])
 
 
 def learning_rate(step, args):
@@ -156,16 +156,17 @@ def check_finite(norm, step, paths):
 
 @torch.no_grad()
 def validate(step, args, forward, student, held_out):
-    """(2, heads) L1 and cosine on at most 20 held-out batches, without dropout; None in between."""
-    if held_out is None or (step % args.valid_every and step < args.steps):
+    """(2, heads) L1 and cosine on at most 20 held-out batches; None at steps without validation."""
+    is_due = step % args.valid_every == 0 or step == args.steps
+    if held_out is None or not is_due:
         return None
-    student.eval()
-    device, losses = next(student.parameters()).device, []
+    student.eval()  # no dropout
+    device, terms = next(student.parameters()).device, []
     for number in range(min(20, held_out.steps_per_epoch)):
-        for part in parts(held_out[number], args.accumulate, device):
-            losses.append(torch.stack(forward(part)[1:]))
+        for part in split(held_out[number], args.accumulate, device):
+            terms.append(torch.stack(forward(part)[1:]))
     student.train()
-    return program.mean(torch.stack(losses).mean(0))
+    return program.mean(torch.stack(terms).mean(0))
 
 
 # ------------------------------------------------------------------ settings
@@ -174,7 +175,7 @@ def validate(step, args, forward, student, held_out):
 # --accumulate, --compile and the number of processes, which change the dropout masks.
 MAY_CHANGE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
 MAY_CHANGE |= {"valid", "valid_every"}
-MAY_CHANGE |= {"data", "teachers", "cache", "noise"}  # paths: audio and weights are compared
+MAY_CHANGE |= {"data", "teachers", "cache", "noise"}  # paths; their contents are compared
 
 
 def parse(arguments=None):
@@ -186,7 +187,8 @@ def parse(arguments=None):
         help="names or paths of checkpoints; the first sets the student's architecture")
     add("--agg", choices=list(aggregate.AGGREGATIONS), default="avg",
         help="layerwise average or concatenation, or one head per teacher and layer")
-    add("--weights", type=program.numbers, help="of the teachers in the average, such as 1,1,2")
+    add("--weights", type=program.numbers,
+        help="weights of the teachers in the average, such as 1,1,2")
     add("--heads", dest="layers", type=parse_layers, default="4,8,12", metavar="LAYERS",
         help="teachers' layers to predict, from 1; per teacher: 4,8,12/4,8,12/8,16,24")
     add("--student-layers", type=program.count, default=2,
@@ -227,7 +229,8 @@ def parse(arguments=None):
     add("--valid-every", type=program.count, default=1000, help="steps between held-out losses")
     add("--workers", type=program.whole, default=min(4, program.cores()),
         help="data-loading workers per process")
-    add("--seed", type=program.whole, default=0, help="of initial weights, data order and dropout")
+    add("--seed", type=program.whole, default=0,
+        help="seed of initial weights, data order and dropout")
     add("--log-every", type=program.count, default=100, help="steps between lines of metrics")
     add("--save-every", type=program.count, default=1000, help="steps between checkpoints")
     add("--tensorboard", action="store_true", help="log to TensorBoard")
@@ -258,8 +261,24 @@ def parse_layers(text):
 # ------------------------------------------------------------------ set-up
 
 
+def load_ensemble(args, device):
+    paths = dict(zip(short_names(args.teachers), args.teachers))
+    teachers = {name: load_teacher(path, device) for name, path in paths.items()}
+    return Ensemble(teachers, args.layers, args.agg, args.weights)
+
+
+def make_student(args, ensemble):
+    first_teacher = ensemble.teachers[0]
+    sizes = (args.student_layers, args.dropout, args.student_dim)
+    torch.manual_seed(args.seed)
+    student = Student(student_config(first_teacher.config, *sizes), ensemble.heads)
+    if args.init == "first":
+        initialise(student, first_teacher)
+    return student
+
+
 def target_identity(args, ensemble):
-    """What determines the targets: the name of their cache, and compared when a run resumes."""
+    """What determines the targets. It names the folder of the cache, and must not change."""
     return {
         "--agg": args.agg,
         "--heads": ensemble.layers,
@@ -275,7 +294,7 @@ def fixed_settings(args, ensemble, noise):
     compared = [name for name in vars(args) if name not in MAY_CHANGE | {"layers"}]
     settings = {f"--{name.replace('_', '-')}": getattr(args, name) for name in compared}
     settings["--teachers"] = ensemble.names
-    # Compared because cached targets are computed from whole utterances, others from crops.
+    # Cached targets are computed from whole utterances, others from crops.
     settings["--cache"] = bool(args.cache)
     if args.data.endswith(".tsv"):
         settings["lines of the manifest"] = fingerprint(args.data)
@@ -298,11 +317,11 @@ def find_held_out(args, corpus):
     """The TrainBatches of --valid, the same crops whenever they are used; None without it."""
     if not args.valid:
         return None
-    held_out = find_corpus(corpus.root, [args.valid], args.max_seconds)
-    shared = held_out.files & corpus.files
+    audio = find_corpus(corpus.root, [args.valid], args.max_seconds)
+    shared = audio.files & corpus.files
     if shared:
         raise ValueError(f"--valid {args.valid}: {min(shared)} is in the training audio too")
-    return data.TrainBatches(held_out, args.batch_size, 0, RANK, WORLD_SIZE)
+    return data.TrainBatches(audio, args.batch_size, 0, RANK, WORLD_SIZE)
 
 
 def check_fits(args, corpus, ensemble):
@@ -331,10 +350,11 @@ def fill_cache(folder, ensemble, corpus, device, stop):
         return cache.quantize(targets)
 
     width, frames = sum(dim for _, dim in ensemble.heads), ensemble.teachers[0].frames
-    sizes = [width * (frames(n) + 8) for n in corpus.samples.tolist()]
-    targets = cache.Cache(folder, corpus)
-    targets.fill(compute, sizes, "targets", stop)
-    return targets
+    # Per dim, a byte per frame, and 4 bytes each for scale and zero point.
+    sizes = [width * (frames(samples) + 8) for samples in corpus.samples.tolist()]
+    cached = cache.Cache(folder, corpus)
+    cached.fill(compute, sizes, "targets", stop)
+    return cached
 
 
 def compile_networks(networks):

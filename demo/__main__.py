@@ -1,0 +1,77 @@
+"""What an ensemble is for: synthetic speech, three teachers that differ, and their students.
+
+    python -m demo          # students of HuBERT, of WavLM and of the average of three: 8 minutes
+    python -m demo --all    # every row and task of superb/reproduce.sh, five seeds: 4 hours
+
+Runs superb/reproduce.sh, which prints the commands of train.py, evaluate_pr.py and superb, and the
+table of scores after each row. Writes to data/demo and runs/demo alone. The same command resumes.
+"""
+
+import os
+import signal
+import subprocess
+
+import program
+from demo import speech
+
+HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
+OUT = "runs/demo"
+PROBE = "--steps 600 --eval-every 200 --batch-size 16 --lr-decay"
+SETTINGS = {  # variables of superb/reproduce.sh
+    "DATA": speech.DATA,
+    "LEXICON": f"{speech.DATA}/lexicon.txt",
+    "VOXCELEB": f"{speech.DATA}/speakers.csv",
+    "IEMOCAP": f"{speech.DATA}/emotion/emotions.csv",
+    "NOISE": f"{speech.DATA}/noise",
+    "SNR": "0",
+    "TEACHERS": ",".join(f"{HERE}/{name}.pt" for name in ("hubert", "robust_hubert", "wavlm")),
+    "HEADS": "2,3,4",
+    "STEPS": "1500",
+    # From random weights: the first layers of the demo's teachers alone would solve its tasks.
+    "TRAIN": "--splits train-clean-100 --init none --batch-size 16 --lr 2e-3 --max-seconds 1.6 "
+    "--valid dev-clean --valid-every 500",
+    "RATES": "1e-2,3e-3",
+    "PR": PROBE,
+    "SID": PROBE,
+    "ER": PROBE,
+    "OUT": OUT,
+    "CACHE": f"{OUT}/cache",
+}
+# The average's student first: it may be enough.
+DEFAULT_ROWS = [["fbank", "untrained", "avg"], ["hubert", "wavlm"]]
+
+
+def reproduce(rows, tasks, seeds):
+    """The exit code of superb/reproduce.sh for these rows (none: all), tasks and seeds."""
+    chosen = {"ROWS": " ".join(rows), "TASKS": " ".join(tasks), "SEEDS": " ".join(seeds)}
+    script = os.path.join(HERE, "..", "superb", "reproduce.sh")
+    process = subprocess.Popen(["bash", script], env=SETTINGS | chosen | os.environ)
+    # Ctrl-C reaches the script too, which saves what runs.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    return process.wait()
+
+
+def main(arguments=None):
+    program.init()
+    parser = program.Parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--all", action="store_true", help="all rows and tasks, seeds 0 to 4")
+    add("--rows", type=program.names, help="folders of rows, such as avg,none,teacher-hubert")
+    add("--tasks", type=program.names, default="pr,sid", help="of pr, pr-noise, sid, er, asr")
+    add("--seeds", type=program.names, default="0", help="of students and probes")
+    with program.one_line_errors():
+        args = parser.parse_args(arguments)
+        speech.prepare()
+    groups = [args.rows] if args.rows else DEFAULT_ROWS
+    if args.all:
+        groups, args.tasks, args.seeds = [[]], ["pr", "pr-noise", "sid", "er"], list("01234")
+    for rows in groups:
+        code = reproduce(rows, args.tasks, args.seeds)
+        if code:
+            raise SystemExit(code)
+    print(f"the picture of the scores: {OUT}/results.svg")
+
+
+if __name__ == "__main__":
+    program.run(main)
