@@ -50,7 +50,8 @@ def load_teacher(name_or_path, device="cpu"):
     if path in TEACHERS:
         path = download(TEACHERS[path])
     weights, settings = read_checkpoint(path)
-    form, weights = rename(path, weights)
+    form, prefix = find_encoder(path, weights)
+    weights = fold_weight_norm(rename(path, form, prefix, weights))
     config = encoder_config(path, form, weights, settings)
     with torch.device("meta"):  # no memory, no random numbers: the checkpoint has all weights
         encoder = SpeechEncoder(config)
@@ -81,7 +82,7 @@ def short_names(paths):
 # ------------------------------------------------------------------ weights
 
 # A weight's name in this code, in fairseq (also s3prl and Microsoft), and in transformers.
-CONV, POSITION, L = "feature_extractor.conv_layers", "encoder.pos_conv", "encoder.layers.{i}."
+CONV, POSITION, LAYER = "feature_extractor.conv_layers", "encoder.pos_conv", "encoder.layers.{i}."
 NAMES = [
     ("feature_extractor.convs.{i}", CONV + ".{i}.0", CONV + ".{i}.conv"),
     ("feature_extractor.norms.{i}", CONV + ".{i}.2", CONV + ".{i}.layer_norm"),
@@ -90,17 +91,25 @@ NAMES = [
     ("positional_embedding.convs.{i}", POSITION + ".{i}.0", POSITION + "_embed.layers.{i}.conv"),
     ("positional_embedding.conv", POSITION + ".0", POSITION + "_embed.conv"),
     ("norm", "encoder.layer_norm", "encoder.layer_norm"),
-    ("layers.{i}.attention.gate", L + "self_attn.grep_linear", L + "attention.gru_rel_pos_linear"),
-    ("layers.{i}.attention.gate_scale", L + "self_attn.grep_a", L + "attention.gru_rel_pos_const"),
-    ("layers.{i}.attention.qkv", L + "self_attn.in_proj", L + "attention.in_proj"),
-    ("layers.{i}.attention.{x}", L + "self_attn.{x}_proj", L + "attention.{x}_proj"),  # q, k, ...
-    ("layers.{i}.attention_norm", L + "self_attn_layer_norm", L + "layer_norm"),
-    ("layers.{i}.ffn_in", L + "fc1", L + "feed_forward.intermediate_dense"),
-    ("layers.{i}.ffn_out", L + "fc2", L + "feed_forward.output_dense"),
-    ("layers.{i}.ffn_norm", L + "final_layer_norm", L + "final_layer_norm"),
-    ("relative_position", L + "self_attn.relative_attention_bias", L + "attention.rel_attn_embed"),
+    (
+        "relative_position",
+        LAYER + "self_attn.relative_attention_bias",
+        LAYER + "attention.rel_attn_embed",
+    ),
 ]
-FORMS = {"fairseq": 1, "transformers": 2}  # columns of NAMES
+NAMES_IN_A_LAYER = [
+    ("attention.gate", "self_attn.grep_linear", "attention.gru_rel_pos_linear"),
+    ("attention.gate_scale", "self_attn.grep_a", "attention.gru_rel_pos_const"),
+    ("attention.qkv", "self_attn.in_proj", "attention.in_proj"),
+    ("attention.{x}", "self_attn.{x}_proj", "attention.{x}_proj"),  # q, k, ...
+    ("attention_norm", "self_attn_layer_norm", "layer_norm"),
+    ("ffn_in", "fc1", "feed_forward.intermediate_dense"),
+    ("ffn_out", "fc2", "feed_forward.output_dense"),
+    ("ffn_norm", "final_layer_norm", "final_layer_norm"),
+]
+NAMES += [("layers.{i}." + a, LAYER + b, LAYER + c) for a, b, c in NAMES_IN_A_LAYER]
+FORMS = {"fairseq": 1, "transformers": 2, "torchaudio": 2}  # columns of NAMES
+DTYPES = {"F64": torch.double, "F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16}
 
 
 def translate(name, source, target):
@@ -110,13 +119,13 @@ def translate(name, source, target):
         pattern = pattern.replace(r"\{x\}", "(?P<x>[a-z]+)") + r"(?P<kind>(\..+)?)"
         match = re.fullmatch(pattern, name)
         if match:
-            found = {"i": 0} | match.groupdict()  # the position bias is stored in layer 0
-            return row[target].format(**found) + found["kind"]
+            fields = {"i": 0} | match.groupdict()  # the position bias is stored in layer 0
+            return row[target].format(**fields) + fields["kind"]
     return name
 
 
 def official_name(name, form, config):
-    """The name in "fairseq" or "transformers" of a weight or layer of a SpeechEncoder."""
+    """The name in a form of FORMS of a weight or layer of a SpeechEncoder."""
     official = translate(name, 0, FORMS[form])
     if form == "fairseq" and config.conv_norm == "layer":  # norms in a Sequential
         official = re.sub(r"(conv_layers\.\d+\.2)\b", r"\1.1", official)
@@ -128,18 +137,22 @@ def qkv_parts(name):
     return [name.replace(".qkv.", f".{part}.") for part in "qkv"] if ".qkv." in name else [name]
 
 
-def rename(path, official):
-    """("fairseq" or "transformers", the weights by their names in this code).
-
-    If the encoder's weights have a prefix, such as wavlm., those without it (a task's head) are
-    dropped.
-    """
-    names = "\n".join(map(str, official))
-    start = re.search(r"^(.*\.)?feature_extractor\.conv_layers\.0\.", names, re.MULTILINE)
-    if not start:
+def find_encoder(path, names):
+    """(form in FORMS, prefix such as "wavlm.") of the encoder among the names of all weights."""
+    names = "\n".join(map(str, names))
+    first_conv = r"^(.*\.)?feature_extractor\.conv_layers\.0\."
+    prefixes = sorted(set(re.findall(first_conv, names, re.MULTILINE)))
+    if not prefixes:
         raise ValueError(f"{path}: not a HuBERT or WavLM checkpoint")
-    form = "transformers" if "feature_projection.projection.weight" in names else "fairseq"
-    prefix, weights = start[1] or "", {}
+    if f"{prefixes[0]}encoder.transformer." in names:
+        return "torchaudio", prefixes[0]
+    transformers = "feature_projection.projection.weight" in names
+    return "transformers" if transformers else "fairseq", prefixes[0]
+
+
+def rename(path, form, prefix, official):
+    """The weights with the encoder's prefix by their names in this code."""
+    weights = {}
     for name, weight in official.items():
         if torch.is_tensor(weight) and name.startswith(prefix):
             name = name.removeprefix(prefix)
@@ -152,13 +165,17 @@ def rename(path, official):
             name = name.replace("parametrizations.weight.original0", "weight_g")
             name = name.replace("parametrizations.weight.original1", "weight_v")
             weights[translate(name, FORMS[form], 0)] = weight
+    return weights
 
+
+def fold_weight_norm(weights):
+    """The same with the positional convolution's weight in place of its weight_g and weight_v."""
     g, v = "positional_embedding.conv.weight_g", "positional_embedding.conv.weight_v"
-    if g in weights and v in weights and weights[v].dim() == 3:  # fold weight normalisation
+    if g in weights and v in weights and weights[v].dim() == 3:
         magnitude, direction = weights.pop(g).float(), weights.pop(v).float()
         norm = direction.norm(dim=(0, 1), keepdim=True)
         weights["positional_embedding.conv.weight"] = magnitude * direction / norm
-    return form, weights
+    return weights
 
 
 def encoder_config(path, form, weights, settings):
@@ -173,12 +190,12 @@ def encoder_config(path, form, weights, settings):
         return default
 
     def shape(name, rank):
-        found = tuple(weights[name].shape) if name in weights else ()
-        if len(found) != rank:
+        size = tuple(weights[name].shape) if name in weights else ()
+        if len(size) != rank:
             official = official_name(name, form, EncoderConfig())
-            problem = f"has shape {found}, not {rank} dimensions" if found else "is missing"
+            problem = f"has shape {size}, not {rank} dimensions" if size else "is missing"
             raise ValueError(f"{path}: {official} {problem}")
-        return found
+        return size
 
     def count(names):
         return len(fnmatch.filter(weights, names))
@@ -195,8 +212,9 @@ def encoder_config(path, form, weights, settings):
     strides = setting(list, "conv_stride", "conv_stride", [5, 2, 2, 2, 2, 2, 2])
     if len(strides) != number:
         raise ValueError(f"{path}: {number} convolutions, but {len(strides)} strides")
-    large = "feature_extractor.norms.1.weight" in weights
+    norm_per_conv = "feature_extractor.norms.1.weight" in weights  # as in Large
     depth = count("positional_embedding.convs.*.weight")
+    pre_norm = norm_per_conv and not depth
     position = "positional_embedding.convs.0" if depth else "positional_embedding.conv"
     _, group_channels, pos_kernel = shape(f"{position}.weight", 3)
     gated = count("layers.*.attention.gate*") > 0
@@ -209,7 +227,7 @@ def encoder_config(path, form, weights, settings):
         attention_heads = setting(int, "encoder_attention_heads", "num_attention_heads", default)
     config = EncoderConfig(
         conv_layers=tuple((out, kernel, s) for (out, _, kernel), s in zip(convs, strides)),
-        conv_norm="layer" if large else "group",
+        conv_norm="layer" if norm_per_conv else "group",
         conv_bias="feature_extractor.convs.0.bias" in weights,
         projection=count("feature_projection.projection.*") > 0 or convs[-1][0] != dim,
         projection_norm=count("feature_projection.norm.*") > 0,
@@ -217,14 +235,14 @@ def encoder_config(path, form, weights, settings):
         ffn_dim=ffn_dim,
         attention_heads=attention_heads,
         layers=setting(int, "encoder_layers", "num_hidden_layers", count("layers.*.ffn_in.weight")),
-        pre_norm=setting(bool, "layer_norm_first", "do_stable_layer_norm", large and not depth),
+        pre_norm=setting(bool, "layer_norm_first", "do_stable_layer_norm", pre_norm),
         pos_kernel=pos_kernel,
         pos_groups=dim // group_channels,
         pos_depth=depth,
         relative_buckets=buckets,
         relative_distance=distance,
         relative_gate=gated or not buckets,
-        normalize=setting(bool, "normalize", "do_normalize", large),
+        normalize=setting(bool, "normalize", "do_normalize", norm_per_conv),
     )
     assumed.pop("num_hidden_layers", None)  # counted from the weights
     if assumed:
@@ -240,10 +258,10 @@ def load_weights(encoder, path, form, weights):
         parts = [name] if name in weights else qkv_parts(name)
         expected = (parameter.shape[0] // len(parts), *parameter.shape[1:])
         for part in parts:
-            found = tuple(weights[part].shape) if part in weights else ()
-            if found != expected:
+            size = tuple(weights[part].shape) if part in weights else ()
+            if size != expected:
                 official = official_name(part, form, encoder.config)
-                problem = f"has shape {found}, not {expected}" if found else "is missing"
+                problem = f"has shape {size}, not {expected}" if size else "is missing"
                 raise ValueError(f"{path}: {official} {problem}")
         state[name] = torch.cat([weights.pop(part).float() for part in parts])
     encoder.load_state_dict(state, assign=True)
@@ -310,8 +328,8 @@ def read_checkpoint(path):
     else:  # transformers with files of settings, torchaudio without
         weights, settings = content, {}
         for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
-            found = checkpoint.read_json(os.path.join(os.path.dirname(path), name))
-            settings |= found.get("feature_extractor", found)  # nested since transformers 5
+            read = checkpoint.read_json(os.path.join(os.path.dirname(path), name))
+            settings |= read.get("feature_extractor", read)  # nested since transformers 5
         if settings.get("model_type") == "data2vec-audio":
             settings["do_stable_layer_norm"] = False
     text = settings.get("conv_feature_layers") or settings.get("extractor_conv_feature_layers")
@@ -349,16 +367,15 @@ def read_file(path):
 
 def read_safetensors(path):
     """Format: 8 bytes of header length, a JSON header, the bytes of the tensors."""
-    types = {"F64": torch.double, "F32": torch.float, "F16": torch.half, "BF16": torch.bfloat16}
     weights = {}
     try:
         with open(path, "rb") as file:
             size, content = int.from_bytes(file.read(8), "little"), bytearray(file.read())
         header, body = json.loads(content[:size]), content[size:]
         for name, entry in header.items():
-            if entry.get("dtype") in types:
+            if entry.get("dtype") in DTYPES:
                 data = body[slice(*entry["data_offsets"])]
-                weight = torch.frombuffer(data, dtype=types[entry["dtype"]])
+                weight = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
                 weights[name] = weight.reshape(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged or truncated; download it again ({error})") from None
