@@ -140,10 +140,17 @@ def qkv_parts(name):
 def find_encoder(path, names):
     """(form in FORMS, prefix such as "wavlm.") of the encoder among the names of all weights."""
     names = "\n".join(map(str, names))
+    adapter = re.search(r"\b(base_layer|lora_\w+)", names)
+    if adapter:
+        remedy = "merge the adapter into the weights (in peft: merge_and_unload)"
+        raise ValueError(f"{path}: it has {adapter[0]}; {remedy}")
     first_conv = r"^(.*\.)?feature_extractor\.conv_layers\.0\."
     prefixes = sorted(set(re.findall(first_conv, names, re.MULTILINE)))
     if not prefixes:
         raise ValueError(f"{path}: not a HuBERT or WavLM checkpoint")
+    if len(prefixes) > 1:
+        encoders = ", ".join(f"{prefix}feature_extractor" for prefix in prefixes)
+        raise ValueError(f"{path}: {len(prefixes)} encoders ({encoders}); save one of them alone")
     if f"{prefixes[0]}encoder.transformer." in names:
         return "torchaudio", prefixes[0]
     transformers = "feature_projection.projection.weight" in names
@@ -223,8 +230,14 @@ def encoder_config(path, form, weights, settings):
         buckets, attention_heads = shape("relative_position.weight", 2)
         distance = setting(int, "max_distance", "max_bucket_distance", distance)
     else:
-        default = {768: 12, 1024: 16, 1280: 16}.get(dim, dim // group_channels)  # else a guess
-        attention_heads = setting(int, "encoder_attention_heads", "num_attention_heads", default)
+        attention_heads = None if dim % 64 else dim // 64
+        attention_heads = {1280: 16, 1920: 16}.get(dim, attention_heads)  # HuBERT X-Large, XLS-R
+        attention_heads = setting(int, "encoder_attention_heads", "num_attention_heads", attention_heads)
+    if attention_heads is None:
+        remedy = "write num_attention_heads into a config.json beside it"
+        raise ValueError(f"{path}: its {dim} dims do not show the attention heads; {remedy}")
+    if attention_heads < 1 or dim % attention_heads:
+        raise ValueError(f"{path}: num_attention_heads {attention_heads} does not divide the {dim} dims")
     config = EncoderConfig(
         conv_layers=tuple((out, kernel, s) for (out, _, kernel), s in zip(convs, strides)),
         conv_norm="layer" if norm_per_conv else "group",
@@ -252,16 +265,20 @@ def encoder_config(path, form, weights, settings):
 
 
 def load_weights(encoder, path, form, weights):
-    """Raises ValueError for a missing, misshapen or unknown weight of the encoder."""
+    """Raises ValueError for a missing, misshapen, not finite or unknown weight of the encoder."""
     state = {}
     for name, parameter in encoder.state_dict().items():
         parts = [name] if name in weights else qkv_parts(name)
         expected = (parameter.shape[0] // len(parts), *parameter.shape[1:])
         for part in parts:
             size = tuple(weights[part].shape) if part in weights else ()
+            problem = ""
             if size != expected:
-                official = official_name(part, form, encoder.config)
                 problem = f"has shape {size}, not {expected}" if size else "is missing"
+            elif not weights[part].float().isfinite().all():
+                problem = "has values that are NaN or infinite"
+            if problem:
+                official = official_name(part, form, encoder.config)
                 raise ValueError(f"{path}: {official} {problem}")
         state[name] = torch.cat([weights.pop(part).float() for part in parts])
     encoder.load_state_dict(state, assign=True)
@@ -303,8 +320,10 @@ def plain(settings):
 def read_checkpoint(path):
     """({name: tensor}, settings) of a checkpoint, by the names of its form."""
     if os.path.isdir(path):  # transformers
-        files = [os.path.join(path, name) for name in ("model.safetensors", "pytorch_model.bin")]
-        path = files[0] if os.path.exists(files[0]) else files[1]
+        names = ["model.safetensors", "pytorch_model.bin"]
+        names += ["adapter_model.safetensors", "adapter_model.bin"]  # refused: not merged
+        files = [os.path.join(path, name) for name in names]
+        path = next(filter(os.path.exists, files), files[0])
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; known names: {', '.join(TEACHERS)}")
     content = read_file(path)
@@ -325,11 +344,14 @@ def read_checkpoint(path):
         settings = plain(model.get("w2v_args")) or settings  # pre-training, if fine-tuned
         model = plain(settings.get("model")) or settings
         settings = model | plain(settings.get("task"))
-    else:  # transformers with files of settings, torchaudio without
+    else:
         weights, settings = content, {}
+    if not settings:  # transformers has files of them, torchaudio none
         for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
             read = checkpoint.read_json(os.path.join(os.path.dirname(path), name))
-            settings |= read.get("feature_extractor", read)  # nested since transformers 5
+            for part in ("feature_extractor", "encoder"):  # transformers 5, SpeechEncoderDecoder
+                read = plain(read.get(part)) or read
+            settings |= read
         if settings.get("model_type") == "data2vec-audio":
             settings["do_stable_layer_norm"] = False
     text = settings.get("conv_feature_layers") or settings.get("extractor_conv_feature_layers")
@@ -337,6 +359,10 @@ def read_checkpoint(path):
         strides = settings["conv_stride"] = []
         for group, times in re.findall(r"\[(.*?)\](?:\s*\*\s*(\d+))?", text):
             strides += [int(x) for x in re.findall(r"(\d+)\s*\)", group)] * int(times or 1)
+    for name, weight in weights.items():
+        if torch.is_tensor(weight) and "weight" in name and weight.dtype not in DTYPES.values():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(f"{path}: {name}: the dtype {dtype} is not read")
     return weights, settings
 
 
@@ -367,7 +393,7 @@ def read_file(path):
 
 def read_safetensors(path):
     """Format: 8 bytes of header length, a JSON header, the bytes of the tensors."""
-    weights = {}
+    weights, unread = {}, []
     try:
         with open(path, "rb") as file:
             size, content = int.from_bytes(file.read(8), "little"), bytearray(file.read())
@@ -377,8 +403,12 @@ def read_safetensors(path):
                 data = body[slice(*entry["data_offsets"])]
                 weight = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]])
                 weights[name] = weight.reshape(entry["shape"])
+            elif "weight" in name:
+                unread.append(f"{name}: the dtype {entry['dtype']} is not read")
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: damaged or truncated; download it again ({error})") from None
+    if unread:
+        raise ValueError(f"{path}: {unread[0]}")
     return weights
 
 

@@ -4,9 +4,11 @@ import argparse
 import collections
 import enum
 import http.server
+import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import sys
 import threading
 import time
@@ -14,6 +16,7 @@ import types
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import torch
 import torchaudio
@@ -52,8 +55,12 @@ wavlm_hf wavlm_hf/pytorch_model.bin wav2vec2_hf data2vec_hf data2vec_deep_hf
 
 
 @pytest.mark.parametrize("file", GOLDEN.split())
-def test_every_official_form_gives_the_official_hidden_states(file):
-    encoder = load_teacher(shared("golden") / file)
+def test_every_official_form_gives_the_official_hidden_states(file, tmp_path):
+    path = shared("golden") / file
+    if "torchaudio" in file:  # the weights alone do not show the heads
+        path = shutil.copy(path, tmp_path)
+        (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    encoder = load_teacher(path)
     name = file.split("/")[0].split(".")[0].replace("torchaudio", "hf")
     official = np.load(shared("golden") / f"{name}.npz")
     paths = sorted(shared("speech/LibriSpeech/dev-clean/9001/1001").glob("*.flac"))
@@ -115,6 +122,23 @@ def test_a_transformers_folder_gives_the_states_of_transformers(kind, head, tmp_
     assert largest_difference(states(encoder, noise(2, 9000)), expected) < 1e-4
 
 
+def test_the_encoder_of_a_speech_encoder_decoder_has_the_settings_of_its_config(tmp_path, capsys):
+    encoder = transformers_model("wav2vec2_large")
+    decoder = transformers.BertConfig(hidden_size=36, num_hidden_layers=1, vocab_size=9)
+    decoder.update({"is_decoder": True, "add_cross_attention": True})
+    both = transformers.SpeechEncoderDecoderModel(
+        encoder=encoder, decoder=transformers.BertLMHeadModel(decoder)
+    )
+    both.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"do_normalize": false}')
+    capsys.readouterr()
+    teacher = load_teacher(tmp_path)
+    assert capsys.readouterr().err == ""
+    with torch.no_grad():
+        expected = encoder(noise(1, 9000)).last_hidden_state
+    assert largest_difference(states(teacher, noise(1, 9000))[-1:], [expected]) < 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_torchaudios_state_dict_gives_the_states_of_torchaudio(kind, tmp_path):
     large = "large" in kind
@@ -122,11 +146,11 @@ def test_torchaudios_state_dict_gives_the_states_of_torchaudio(kind, tmp_path):
         extractor_mode="layer_norm" if large else "group_norm",
         extractor_conv_layer_config=[(32, 10, 5)] + [(32, 3, 2)] * 4 + [(32, 2, 2)] * 2,
         extractor_conv_bias=large,
-        encoder_embed_dim=48,
+        encoder_embed_dim=128,
         encoder_pos_conv_kernel=16,
         encoder_pos_conv_groups=4,
         encoder_num_layers=3,
-        encoder_num_heads=4,
+        encoder_num_heads=2,
         encoder_ff_interm_features=96,
         encoder_layer_norm_first=large,
         encoder_layer_drop=0.0,
@@ -207,7 +231,7 @@ def test_other_forms_of_fairseq_and_s3prl_are_read(change, sizes, tmp_path, caps
 @pytest.mark.parametrize("kind", [*KINDS, "data2vec"])
 def test_what_tensors_do_not_show_is_assumed_in_one_line(kind, tmp_path, capsys):
     sizes = KINDS.get(kind, {"conv_norm": "layer", "normalize": True, "pos_depth": 2})
-    encoder = random_encoder(**sizes)
+    encoder = random_encoder(**sizes, dim=256)
     torch.save(official_state_dict(encoder, "transformers"), tmp_path / "bare.bin")
     assert load_teacher(tmp_path / "bare.bin").config == encoder.config
     line = capsys.readouterr().err
@@ -216,13 +240,23 @@ def test_what_tensors_do_not_show_is_assumed_in_one_line(kind, tmp_path, capsys)
     assert f"do_stable_layer_norm {encoder.config.pre_norm}" in line and "conv_stride [5" in line
 
 
-@pytest.mark.parametrize("dim, heads", [(768, 12), (1024, 16), (1280, 16)])
-def test_a_published_width_has_its_published_heads(tmp_path, dim, heads):
-    encoder = random_encoder(
-        dim=dim, attention_heads=heads, layers=1, ffn_dim=8, pos_kernel=2, pos_groups=8
-    )
+@pytest.mark.parametrize("dim, heads", [(384, 6), (768, 12), (1024, 16), (1280, 16), (1920, 16)])
+def test_without_settings_a_head_has_64_dims_or_the_published_number(tmp_path, dim, heads):
+    encoder = random_encoder(dim=dim, attention_heads=heads, layers=1, ffn_dim=8, pos_kernel=2, pos_groups=16)
     torch.save(official_state_dict(encoder, "transformers"), tmp_path / "bare.bin")
     assert load_teacher(tmp_path / "bare.bin").config.attention_heads == heads
+
+
+@pytest.mark.parametrize("key", [None, "model", "model_weight"])
+def test_without_settings_another_width_is_refused_until_a_config_beside_it_has_the_heads(
+    key, tmp_path
+):
+    weights = official_state_dict(random_encoder(attention_heads=6), "fairseq")
+    torch.save({key: weights} if key else weights, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match="t.pt: .*48 dims.*num_attention_heads into a config.json"):
+        load_teacher(tmp_path / "t.pt")
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
+    assert load_teacher(tmp_path / "t.pt").config.attention_heads == 6
 
 
 @pytest.mark.parametrize(
@@ -317,6 +351,7 @@ def test_fairseqs_classes_are_read_as_placeholders(zipped, tmp_path, monkeypatch
     assert "fairseq" not in sys.modules
 
 
+INFINITE = torch.full((48, 48), torch.inf)
 GREP = "encoder.layers.2.self_attn.grep_linear.bias"
 BIAS = "encoder.layers.0.self_attn.relative_attention_bias.weight"
 
@@ -334,6 +369,10 @@ BIAS = "encoder.layers.0.self_attn.relative_attention_bias.weight"
         ("fairseq", "encoder.pos_conv.0.weight", torch.zeros(48), "shape .48,., not 3 dim"),
         ("fairseq", "encoder.pos_conv.1.running_mean", torch.zeros(48), "unsupported"),
         ("fairseq", "encoder.layers.0.adapter.bias", torch.zeros(48), "unsupported"),
+        ("fairseq", "encoder.layers.0.fc2.bias", torch.full((48,), torch.nan), "NaN or infinite"),
+        ("microsoft", "encoder.layers.3.self_attn.v_proj.weight", INFINITE, "NaN or infinite"),
+        ("fairseq", "encoder.layers.1.fc1.weight", INFINITE.char(), "dtype int8 is not read"),
+        ("fairseq", "encoder.pos_conv.0.weight_g", INFINITE.to(torch.float8_e5m2), "float8_e5m2"),
     ],
 )
 def test_a_missing_misshapen_or_unknown_weight_is_named(form, name, change, words, tmp_path):
@@ -351,6 +390,62 @@ def test_a_missing_misshapen_or_unknown_weight_is_named(form, name, change, word
         load_teacher(tmp_path / "t.pt")
     text = str(error.value)
     assert text.startswith(f"{tmp_path}/t.pt: ") and name in text and "\n" not in text
+
+
+def with_prefixes(*prefixes):
+    return lambda weights: {p + name: x for p in prefixes for name, x in weights.items()}
+
+
+def unmerged(weights):
+    weights = {name.replace("q_proj.", "q_proj.base_layer."): x for name, x in weights.items()}
+    return weights | adapter(weights)
+
+
+def adapter(weights):
+    return {"base_model.model.encoder.layers.0.attention.q_proj.lora_A.weight": torch.zeros(8, 48)}
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (with_prefixes("teacher.", "student."), "2 .*student.feature_.*, teacher.feature_.*alone"),
+        (with_prefixes("", "ema."), "2 encoders .feature_extractor, ema.feature_extractor.*alone"),
+        (unmerged, "(base_layer|lora_A); merge the adapter"),
+        (adapter, "lora_A; merge the adapter"),
+    ],
+)
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "adapter_model.safetensors"])
+def test_two_encoders_and_an_unmerged_adapter_are_refused(change, words, file, tmp_path):
+    weights = change(official_state_dict(random_encoder(), "transformers"))
+    write = torch.save if file.endswith("bin") else safetensors.torch.save_file
+    write({name: weight.clone() for name, weight in weights.items()}, tmp_path / file)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    with pytest.raises(ValueError, match=f"{tmp_path}: .*{words}"):
+        load_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("dtype, words", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
+def test_a_dtype_of_safetensors_that_is_not_read_is_named(dtype, words, tmp_path):
+    weights = official_state_dict(random_encoder(), "transformers")
+    name = "encoder.layers.0.attention.q_proj.weight"
+    weights |= {name: weights[name].to(dtype), "steps": torch.tensor(3)}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"model.safetensors: {name}: the dtype {words} is not"):
+        load_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("form, heads", [("transformers", 5), ("transformers", 0), ("fairseq", 7)])
+def test_a_number_of_heads_that_does_not_divide_the_width_is_refused(form, heads, tmp_path):
+    transformers_model("hubert").save_pretrained(tmp_path)
+    if form == "fairseq":
+        content = saved(tmp_path)[1]
+        content["cfg"]["model"]["encoder_attention_heads"] = heads
+        torch.save(content, tmp_path / "t.pt")
+    else:
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": heads}))
+    with pytest.raises(ValueError, match=f"num_attention_heads {heads} does not divide .* 48"):
+        load_teacher(tmp_path / "t.pt" if form == "fairseq" else tmp_path)
 
 
 def test_damaged_and_foreign_files_are_refused_in_one_line_that_names_them(tmp_path):
