@@ -63,6 +63,7 @@ def initialise(student, teacher):
     """Copies a teacher's convolutions, projection, position embedding and first layers.
 
     If the widths differ, the convolutions alone. Raises ValueError if the teacher has fewer layers.
+    A Large teacher's final LayerNorm becomes the norm after the student's last layer.
     """
     encoder = student.encoder
     if encoder.config.dim != teacher.config.dim:
@@ -77,7 +78,10 @@ def initialise(student, teacher):
         conv = encoder.positional_embedding.conv
         with torch.no_grad():  # a clone: weight_norm shares the storage of what it is given
             conv.weight = weights["positional_embedding.conv.weight"].clone().to(conv.bias)
-    encoder.load_state_dict(weights, strict=False)  # without the teacher's further layers
+    # Not strict, as the teacher has further layers.
+    missing = encoder.load_state_dict(weights, strict=False).missing_keys
+    weight_norm = "positional_embedding.conv.parametrizations."  # copied above
+    assert all(name.startswith(weight_norm) for name in missing), missing
 
 
 def save_student(student, path, **about):

@@ -46,6 +46,15 @@ def test_training_the_student_does_not_change_the_teacher():
     assert not torch.equal(trained, before["positional_embedding.conv.weight"])
 
 
+def test_a_weight_of_the_student_that_the_teacher_lacks_is_an_error():
+    teacher = random_encoder()
+    weights = teacher.state_dict()
+    weights["layers.0.renamed.weight"] = weights.pop("layers.0.ffn_in.weight")
+    teacher.state_dict = lambda: weights
+    with pytest.raises(AssertionError, match="layers.0.ffn_in.weight"):
+        initialise(Student(student_config(teacher.config), HEADS), teacher)
+
+
 def test_a_student_deeper_than_the_teacher_cannot_start_from_it():
     teacher = random_encoder(layers=2)
     with pytest.raises(ValueError, match="a student of 3 layers, a teacher of 2"):
