@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Added to a waveform's variance: by F.layer_norm in fairseq, s3prl, WavLM and torchaudio, and by
+# Wav2Vec2FeatureExtractor.zero_mean_unit_var_norm in transformers.
+NORMALIZE_EPS = {"fairseq": 1e-5, "torchaudio": 1e-5, "transformers": 1e-7}
+
 
 @dataclasses.dataclass
 class EncoderConfig:
@@ -39,6 +43,7 @@ class EncoderConfig:
     relative_distance: int = 800  # keys this far or farther share the last bucket
     relative_gate: bool = True
     normalize: bool = False  # waveforms to zero mean and unit variance
+    normalize_eps: float = NORMALIZE_EPS["fairseq"]
     weight_norm: bool = False  # of the positional convolution, for training
     dropout: float = 0.0  # of hidden states, attention and feed-forward, in training mode
     conv_gradient_scale: float = 1.0  # of the gradient into the convolutions
@@ -91,7 +96,7 @@ class SpeechEncoder(nn.Module):
         if lengths is not None:
             waveforms = waveforms.masked_fill(padding_mask(lengths, waveforms.shape[1]), 0)
         if config.normalize:
-            waveforms = normalize(waveforms[:, None], lengths)[:, 0]
+            waveforms = normalize(waveforms[:, None], lengths, config.normalize_eps)[:, 0]
 
         x = self.feature_extractor(waveforms.to(self.norm.weight.dtype), lengths)
         if config.conv_gradient_scale != 1 and x.requires_grad:

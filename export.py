@@ -5,6 +5,7 @@
 The folder is a HuBERT with a model card. save_official writes fairseq's form and others.
 """
 
+import copy
 import json
 import os
 
@@ -12,6 +13,7 @@ import torch
 
 import checkpoint
 import program
+from encoder import NORMALIZE_EPS
 from student import load_student
 from teachers import official_name, qkv_parts
 
@@ -51,7 +53,7 @@ states = model(waveforms, output_hidden_states=True).hidden_states
 ```
 
 {padding}
-"""
+{quiet}"""
 PADDING = {  # by conv_norm
     "group": """\
 **Padding changes the hidden states.** In the HuBERT of transformers and s3prl, a batch of
@@ -59,6 +61,12 @@ utterances of 8.1 and 2.6 s gives the shorter one a relative error of 29 to 59%.
 Process one utterance at a time, or batches of utterances of one length.""",
     "layer": "**Padding changes the hidden states** unless the model gets an `attention_mask`.",
 }
+QUIET = """
+**Quiet speech changes the hidden states.** The student was trained with 1e-5 added to the variance
+of a waveform, transformers' feature extractor adds 1e-7: for white noise with an rms of 0.01, 0.003
+and 0.001, the last state differs by {}. Waveforms normalised with
+`torch.nn.functional.layer_norm(waveform, waveform.shape)` give equal states.
+"""
 
 
 def official_state_dict(encoder, form):
@@ -85,6 +93,7 @@ def official_state_dict(encoder, form):
 def save_official(encoder, path, form, dtype=torch.float32):
     """Writes a checkpoint in the format of "fairseq", "s3prl" or "microsoft" (WavLM).
 
+    Their code normalises waveforms with NORMALIZE_EPS["fairseq"], whatever the encoder has.
     dtype: of the weights in the file.
     """
     c = encoder.config
@@ -165,13 +174,27 @@ def model_card(student, name, about):
         "encoder": f"{config.layers} layers of {config.dim}, {millions:.2f} million parameters",
         "waveforms": f"16 kHz{normalised}",
     }
+    quiet = ""
+    if config.normalize and config.normalize_eps == NORMALIZE_EPS["fairseq"]:
+        differences = [quiet_difference(student.encoder, rms) for rms in (0.01, 0.003, 0.001)]
+        quiet = QUIET.format(", ".join(f"{difference:.1%}" for difference in differences))
     rows = [f"| {fact} | {value or 'not recorded'} |" for fact, value in facts.items()]
     header = ["library_name: transformers", "tags: [speech, hubert, knowledge-distillation]"]
     for key in ("language", "license"):
         if about.get(key):
             header.append(f"{key}: {json.dumps(about[key])}")  # JSON is YAML
     parts = {"header": "\n".join(header), "rows": "\n".join(rows), "waveforms": normalised}
-    return CARD.format(name=name, padding=PADDING[config.conv_norm], **parts)
+    return CARD.format(name=name, padding=PADDING[config.conv_norm], quiet=quiet, **parts)
+
+
+def quiet_difference(encoder, rms):
+    """Relative difference of the last state of noise between the encoder and transformers."""
+    official = copy.deepcopy(encoder)
+    official.config.normalize_eps = NORMALIZE_EPS["transformers"]
+    noise = rms * torch.randn(1, 16000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, state = [e(noise, layers=[e.config.layers])[0] for e in (encoder, official)]
+    return float((state - expected).norm() / expected.norm())
 
 
 def main(arguments=None):

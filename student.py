@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import checkpoint
-from encoder import EncoderConfig, SpeechEncoder
+from encoder import NORMALIZE_EPS, EncoderConfig, SpeechEncoder
 
 FORMAT = "ekd-student-1"
 
@@ -46,10 +46,12 @@ def student_config(teacher, layers=2, dropout=0.1, dim=None):
 
     dim: the width, by default the teacher's. With another width the feed-forward dim is 4 * dim,
         and the fewest attention heads with at most 64 dims each.
-    The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT.
+    The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT. Waveforms are
+    normalised as in transformers, so that an exported student has equal states there.
     """
     sizes = {"layers": layers, "dropout": dropout, "relative_buckets": 0}
     sizes |= {"weight_norm": True, "conv_gradient_scale": 0.1}
+    sizes["normalize_eps"] = NORMALIZE_EPS["transformers"]
     if dim not in (None, teacher.dim):
         sizes |= {"dim": dim, "ffn_dim": 4 * dim, "projection": True}
         sizes["attention_heads"] = next(

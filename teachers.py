@@ -24,7 +24,7 @@ import torch
 from filelock import FileLock
 
 import checkpoint
-from encoder import EncoderConfig, SpeechEncoder
+from encoder import NORMALIZE_EPS, EncoderConfig, SpeechEncoder
 
 S3PRL = "https://huggingface.co/s3prl/converted_ckpts/resolve/main"
 TEACHERS = {
@@ -230,14 +230,15 @@ def encoder_config(path, form, weights, settings):
         buckets, attention_heads = shape("relative_position.weight", 2)
         distance = setting(int, "max_distance", "max_bucket_distance", distance)
     else:
-        attention_heads = None if dim % 64 else dim // 64
-        attention_heads = {1280: 16, 1920: 16}.get(dim, attention_heads)  # HuBERT X-Large, XLS-R
-        attention_heads = setting(int, "encoder_attention_heads", "num_attention_heads", attention_heads)
+        default = None if dim % 64 else dim // 64
+        default = {1280: 16, 1920: 16}.get(dim, default)  # HuBERT X-Large, XLS-R
+        attention_heads = setting(int, "encoder_attention_heads", "num_attention_heads", default)
     if attention_heads is None:
         remedy = "write num_attention_heads into a config.json beside it"
         raise ValueError(f"{path}: its {dim} dims do not show the attention heads; {remedy}")
     if attention_heads < 1 or dim % attention_heads:
-        raise ValueError(f"{path}: num_attention_heads {attention_heads} does not divide the {dim} dims")
+        problem = f"num_attention_heads {attention_heads} does not divide the {dim} dims"
+        raise ValueError(f"{path}: {problem}")
     config = EncoderConfig(
         conv_layers=tuple((out, kernel, s) for (out, _, kernel), s in zip(convs, strides)),
         conv_norm="layer" if norm_per_conv else "group",
@@ -256,6 +257,7 @@ def encoder_config(path, form, weights, settings):
         relative_distance=distance,
         relative_gate=gated or not buckets,
         normalize=setting(bool, "normalize", "do_normalize", norm_per_conv),
+        normalize_eps=NORMALIZE_EPS[form],
     )
     assumed.pop("num_hidden_layers", None)  # counted from the weights
     if assumed:

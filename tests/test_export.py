@@ -5,7 +5,6 @@ import json
 import huggingface_hub
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from conftest import (
     KINDS,
@@ -17,6 +16,7 @@ from conftest import (
     random_encoder,
     random_student,
     refused,
+    relative_difference,
     run,
     states,
 )
@@ -68,14 +68,36 @@ def test_transformers_loads_a_student_with_equal_states(sizes, tmp_path):
         tmp_path / "student", output_loading_info=True
     )
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(tmp_path / "student")
-    assert extractor.do_normalize == student.encoder.config.normalize
-    waveforms = noise(2, 6000)
-    if extractor.do_normalize:
-        waveforms = F.layer_norm(waveforms, (6000,))
+    for loudness in (1, 0.1, 0.03, 0.01):  # an rms of 0.1 to 0.001
+        waveforms = loudness * noise(2, 6000)
+        found = states_in_transformers(tmp_path / "student", model, waveforms)
+        assert largest_difference(found, states(student.encoder, waveforms)) < 1e-4
+
+
+def states_in_transformers(folder, model, waveforms):
+    extractor = transformers.Wav2Vec2FeatureExtractor.from_pretrained(folder)
+    inputs = extractor(list(waveforms.numpy()), sampling_rate=16000, return_tensors="pt")
     with torch.no_grad():
-        output = model.eval()(waveforms, output_hidden_states=True)
-    assert largest_difference(output.hidden_states, states(student.encoder, noise(2, 6000))) < 1e-4
+        return model.eval()(inputs["input_values"], output_hidden_states=True).hidden_states
+
+
+def test_the_card_of_a_student_trained_with_fairseqs_epsilon_says_how_far_quiet_speech_is(tmp_path):
+    student, _ = random_student(**LARGE)
+    student.encoder.config.normalize_eps = 1e-5
+    export.write_transformers(student, tmp_path / "student")
+    model = transformers.HubertModel.from_pretrained(tmp_path / "student")
+    differences = []
+    for rms in (0.01, 0.003, 0.001):
+        waveforms = 10 * rms * noise(1, 16000)
+        found = states_in_transformers(tmp_path / "student", model, waveforms)[-1]
+        expected = states(student.encoder, waveforms)[-1]
+        differences.append(f"{relative_difference(found, expected):.1%}")
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert f"the last state differs by {', '.join(differences)}. " in card
+    waveforms = torch.nn.functional.layer_norm(waveforms, waveforms.shape)  # as the card says
+    with torch.no_grad():
+        found = model(waveforms).last_hidden_state
+    assert largest_difference([found], [expected]) < 1e-4
 
 
 def test_a_long_utterance_beside_it_changes_a_short_one_after_export_as_the_card_says(tmp_path):

@@ -118,6 +118,16 @@ def test_a_saved_student_loads_equal_from_plain_types(tmp_path):
             assert largest_difference(loaded(noise(2, 4000)), student(noise(2, 4000))) == 0
 
 
+def test_a_file_without_an_epsilon_keeps_the_one_it_was_trained_with(tmp_path):
+    student, teacher = random_student()
+    assert student.encoder.config.normalize_eps == 1e-7 != teacher.config.normalize_eps
+    save_student(student, tmp_path / "student.pt")
+    content = torch.load(tmp_path / "student.pt", weights_only=True)
+    del content["config"]["normalize_eps"]
+    torch.save(content, tmp_path / "student.pt")
+    assert load_student(tmp_path / "student.pt").encoder.config.normalize_eps == 1e-5
+
+
 def test_other_files_are_errors_that_name_them(tmp_path):
     torch.save({"weights": {}}, tmp_path / "other.pt")
     torch.save([1], tmp_path / "list.pt")

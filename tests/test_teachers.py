@@ -61,6 +61,7 @@ def test_every_official_form_gives_the_official_hidden_states(file, tmp_path):
         path = shutil.copy(path, tmp_path)
         (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
     encoder = load_teacher(path)
+    encoder.config.normalize_eps = 1e-5  # these waveforms were normalised by F.layer_norm
     name = file.split("/")[0].split(".")[0].replace("torchaudio", "hf")
     official = np.load(shared("golden") / f"{name}.npz")
     paths = sorted(shared("speech/LibriSpeech/dev-clean/9001/1001").glob("*.flac"))
@@ -162,13 +163,31 @@ def test_torchaudios_state_dict_gives_the_states_of_torchaudio(kind, tmp_path):
     if "wavlm" in kind:
         sizes |= dict(encoder_num_buckets=320, encoder_max_distance=800)
     build = torchaudio.models.wavlm_model if "wavlm" in kind else torchaudio.models.wav2vec2_model
-    model, waveforms = randomised(build(**sizes)), noise(2, 9000)
+    model, waveforms = randomised(build(**sizes)), 0.01 * noise(2, 9000)  # quiet
     torch.save(model.state_dict(), tmp_path / "teacher.pth")
     given = torch.nn.functional.layer_norm(waveforms, (9000,)) if large else waveforms
     with torch.no_grad():  # forward adds Large's final LayerNorm
         expected = [*model.extract_features(given)[0][:-1], model(given)[0]]
     found = states(load_teacher(tmp_path / "teacher.pth"), waveforms)[1:]
     assert largest_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("rms", [0.01, 0.003, 0.001])
+@pytest.mark.parametrize("form", ["fairseq", "s3prl", "microsoft", "transformers"])
+def test_quiet_speech_is_normalised_as_in_the_official_code(form, rms, tmp_path):
+    waveform = rms * torch.randn(9000, generator=torch.Generator().manual_seed(0))
+    if form == "transformers":
+        transformers_model("hubert_large").save_pretrained(tmp_path)
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
+        extractor.save_pretrained(tmp_path)
+        normalised = extractor(waveform.numpy(), sampling_rate=16000)["input_values"][0]
+        normalised, teacher = torch.from_numpy(normalised), load_teacher(tmp_path)
+    else:
+        normalised = torch.nn.functional.layer_norm(waveform, waveform.shape)
+        teacher = load_teacher((saved(tmp_path, form, **LARGE), tmp_path / "saved.pt")[1])
+    found = states(teacher, waveform[None])
+    teacher.config.normalize = False
+    assert largest_difference(found, states(teacher, normalised[None])) < 1e-4
 
 
 # ------------------------------------------------------------------ forms and settings
@@ -231,7 +250,7 @@ def test_other_forms_of_fairseq_and_s3prl_are_read(change, sizes, tmp_path, caps
 @pytest.mark.parametrize("kind", [*KINDS, "data2vec"])
 def test_what_tensors_do_not_show_is_assumed_in_one_line(kind, tmp_path, capsys):
     sizes = KINDS.get(kind, {"conv_norm": "layer", "normalize": True, "pos_depth": 2})
-    encoder = random_encoder(**sizes, dim=256)
+    encoder = random_encoder(**sizes, dim=256, normalize_eps=1e-7)
     torch.save(official_state_dict(encoder, "transformers"), tmp_path / "bare.bin")
     assert load_teacher(tmp_path / "bare.bin").config == encoder.config
     line = capsys.readouterr().err
