@@ -1,7 +1,6 @@
 """Speech recognition of SUPERB (arXiv:2105.01051): a frozen upstream, BiLSTMs with CTC, WER.
 
     python -m superb.asr --upstream runs/avg/student.pt --data data/LibriSpeech
-    python -m superb.asr --demo
 
 The same command resumes a run.
 """
@@ -11,8 +10,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchaudio.transforms import SpecAugment
 
 import program
-from evaluate_pr import SPLITS, PhonemeRecognition, evaluate_task
 from superb import probe
+from superb.ctc import SPLITS, ctc_greedy, ctc_loss, edit_distances, read_splits, three_splits
+from superb.upstream import Upstream
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
 
@@ -20,7 +20,7 @@ CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's
 def make_parser():
     parser = probe.make_parser(__doc__, "asr", steps=200_000, batch_size=16, eval_every=2000)
     # s3prl's file says 32, but its dataset.py halves batches of long utterances.
-    parser.add_argument("--splits", type=program.names, default=SPLITS, help="train, dev and test")
+    parser.add_argument("--splits", type=three_splits, default=SPLITS, help="train, dev and test")
     parser.add_argument(
         "--hidden", type=program.count, default=1024, help="units per LSTM direction"
     )
@@ -53,12 +53,16 @@ class CharacterHead(nn.Module):
         return self.characters(self.dropout(x))
 
 
-class SpeechRecognition(PhonemeRecognition):
-    """The task; loss, predict, count as for phonemes. Labels: numbers of characters, from 1."""
+class SpeechRecognition:
+    """A task, as PhonemeRecognition. A label is a (length,) tensor of numbers of characters."""
 
     name = "speech recognition"
     metric = "WER"
+    higher_is_better = False
     symbols = CHARACTERS
+    loss = staticmethod(ctc_loss)
+    predict = staticmethod(ctc_greedy)
+    count = staticmethod(edit_distances)
 
     def __init__(self, hidden):
         self.hidden = hidden
@@ -79,7 +83,11 @@ class SpeechRecognition(PhonemeRecognition):
 
 
 def evaluate(args):
-    return evaluate_task(args, SpeechRecognition(args.hidden))
+    task = SpeechRecognition(args.hidden)
+    with program.one_line_errors():
+        splits = read_splits(args.data, args.splits, task.encode)
+        upstream = Upstream(args)
+    return probe.evaluate(args, task, upstream, *splits)
 
 
 def main(arguments=None):

@@ -2,7 +2,6 @@
 
     python -m superb.er --upstream runs/avg/student.pt --data data/IEMOCAP
     python -m superb.er --upstream runs/avg/student.pt --manifest emotions.csv
-    python -m superb.er --demo
 
 The score is the mean over five folds: each session of IEMOCAP is the test set of a probe trained
 on the other four. Excited counts as happy. The same command resumes a run.

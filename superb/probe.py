@@ -21,7 +21,9 @@ import data
 import manifest
 import program
 from cache import key
-from superb.upstream import compute_states, load_states, state_numbers
+from superb.upstream import compute_states, load_states
+
+CONTENT = ("identity", "step", "seconds", "probes", "optimizers", "best", "curves")  # of last.pt
 
 # Settings that may differ when a run resumes.
 MAY_CHANGE = {"out", "cache", "workers", "log_every"}
@@ -36,7 +38,8 @@ def make_parser(description, task, **defaults):
     """The flags that all tasks share. task: sub-folder of --out; defaults: per flag."""
     parser = program.Parser(description.split("\n")[0])
     add = parser.add_argument
-    add("--upstream", help="a student.pt or its folder, a teacher's name or path, or fbank")
+    about = "a student.pt or its folder, a teacher's name or path, or fbank"
+    add("--upstream", required=True, help=about)
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
     add("--out", help="folder of the run; if not given, beside a student.pt or in runs")
     add("--steps", type=program.count, default=100_000, help="optimizer steps")
@@ -48,7 +51,6 @@ def make_parser(description, task, **defaults):
         help="Adam's learning rates, one probe per rate",
     )
     add("--lr-decay", action="store_true", help="decay each rate linearly to 0 over the steps")
-    add("--states", type=state_numbers, default="all", help="hidden states: all, last or 0,4,12")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")
     add("--noise", metavar="DIR", help="folder of noise files, mixed into the test split")
     add("--snr", type=program.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
@@ -67,30 +69,17 @@ def make_parser(description, task, **defaults):
         default=1000,
         help="steps between scores and checkpoints",
     )
-    add("--demo", action="store_true", help="synthetic speech; compares four upstreams")
     parser.set_defaults(task=task, **defaults)
     return parser
 
 
 def main(parser, evaluate_upstream, arguments):
-    """Calls evaluate_upstream(args): once, or for four upstreams with --demo and no --upstream."""
+    """Reads the flags, and calls evaluate_upstream(args)."""
     program.init()
     with program.one_line_errors():
-        args = parser.parse_known_args(arguments)[0]  # --demo changes the defaults
+        args = parser.parse_args(arguments)
         if program.WORLD_SIZE > 1:
             raise ValueError("an evaluation is one process: run python in place of torchrun")
-        if args.demo:
-            from demo import speech
-
-            settings = {"batch_size": 16, "lr": "5e-3"} | speech.SETTINGS[args.task]
-            parser.set_defaults(**settings, log_every=settings["eval_every"])
-        args = parser.parse_args(arguments)
-        if args.demo:
-            speech.prepare()
-        elif not args.upstream:
-            raise ValueError("--upstream: give a student.pt, a teacher, or fbank")
-    if not args.upstream:  # only with --demo
-        return speech.compare(evaluate_upstream, args)
     student = os.path.join(args.upstream, "student.pt")
     if os.path.exists(student):  # --upstream is the folder of a run
         args.upstream = student
@@ -99,6 +88,9 @@ def main(parser, evaluate_upstream, arguments):
         folder = os.path.join("runs", os.path.splitext(name)[0])
     args.out = args.out or os.path.join(folder, args.task)
     evaluate_upstream(args)
+
+
+# ------------------------------------------------------------------ networks
 
 
 class Probe(nn.Module):
@@ -114,30 +106,113 @@ class Probe(nn.Module):
         return self.head(torch.tensordot(self.weights.softmax(0), states, dims=1), frames)
 
 
+class LinearHead(nn.Module):
+    """Two linear layers, for phonemes, speakers and emotions.
+
+    Source: s3prl's downstream/ctc/libriphone.yaml, and UtteranceLevel with MeanPooling.
+    """
+
+    def __init__(self, dim, outputs):
+        super().__init__()
+        self.projection = nn.Linear(dim, 256)
+        self.output = nn.Linear(256, outputs)
+
+    def forward(self, x, frames):
+        """x: (..., dim); frames has no effect. Returns logits, (..., outputs)."""
+        return self.output(self.projection(x))
+
+
+class Sweep:
+    """One probe and optimizer per learning rate, from the newest checkpoint of OUT if there is one.
+
+    step, seconds: so far. curves: {rate: [[step, score on dev], ...]}.
+    best: score, step, rate and weights of the best probe on dev; None before the first scores.
+    Raises ValueError if the checkpoint is that of another run.
+    """
+
+    def __init__(self, args, task, upstream, identity):
+        self.args, self.task, self.upstream, self.identity = args, task, upstream, identity
+        self.probes, self.optimizers = [], []
+        for lr in args.lr:
+            torch.manual_seed(args.seed)  # the same initial weights at every rate
+            probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
+            self.probes.append(probe)
+            self.optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
+        self.step, seconds, self.best = 0, 0.0, None
+        self.curves = {f"{lr:g}": [] for lr in args.lr}
+        saved = checkpoint.load_latest(args.out, CONTENT)
+        if saved:
+            checkpoint.check_same(args.out, saved["identity"], identity)
+            self.step, seconds, self.best = saved["step"], saved["seconds"], saved["best"]
+            self.curves = saved["curves"]
+            for probe, state in zip(self.probes, saved["probes"]):
+                probe.load_state_dict(state)
+            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
+                optimizer.load_state_dict(state)
+        self.started = time.monotonic() - seconds
+
+    def seconds(self):
+        return time.monotonic() - self.started
+
+    def update(self, states, frames, labels):
+        """One optimizer step per probe. Returns the losses, [float].
+
+        A probe whose gradient is not finite is not updated. Raises ValueError if none is finite.
+        """
+        args, losses, norms = self.args, [], []
+        for lr, probe, optimizer in zip(args.lr, self.probes, self.optimizers):
+            if args.lr_decay:
+                optimizer.param_groups[0]["lr"] = lr * (args.steps - self.step) / args.steps
+            # The same dropout at every rate; no RNG state to resume.
+            program.seed(args.seed, self.step)
+            loss = self.task.loss(probe.train()(states, frames), frames, labels)
+            loss.backward()
+            losses.append(loss.item())
+            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
+            if math.isfinite(norms[-1]):
+                optimizer.step()
+            optimizer.zero_grad()
+        if not any(map(math.isfinite, norms)):
+            raise ValueError("the gradient is not finite at any rate; lower it, or check the batch")
+        self.step += 1
+        return losses
+
+    def compare(self, dev, stop):
+        """Scores every probe on dev, prints the scores, and copies the weights of a new best."""
+        references, per_probe = predict(self.args, self.task, self.upstream, self.probes, dev, stop)
+        metric, sign = self.task.metric, 1 if self.task.higher_is_better else -1
+        for lr, probe, hypotheses in zip(self.args.lr, self.probes, per_probe):
+            errors, totals = self.task.count(references, hypotheses)
+            score = float(errors.sum() / totals.sum())
+            self.curves[f"{lr:g}"].append([self.step, score])
+            print(f"step {self.step}: {metric} {score:.2%} on {dev.name}, --lr {lr:g}", flush=True)
+            if not self.best or sign * score > sign * self.best["score"]:
+                weights = {name: w.cpu().clone() for name, w in probe.state_dict().items()}
+                self.best = {"score": score, "step": self.step, "lr": lr, "probe": weights}
+
+    def save(self):
+        saved = {"identity": self.identity, "step": self.step, "seconds": self.seconds()}
+        saved["probes"] = [probe.state_dict() for probe in self.probes]
+        saved["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        saved |= {"best": self.best, "curves": self.curves}
+        checkpoint.save(os.path.join(self.args.out, "last.pt"), saved, keep_previous=True)
+
+
+# ------------------------------------------------------------------ evaluation
+
+
 def evaluate(args, task, upstream, train, dev, test):
     """Trains one probe per learning rate on `train`, selects on `dev`, scores on `test`.
 
     The rates share the batches; on a CPU each probe equals, bit for bit, one trained alone.
     Returns the result, which is also OUT/result.json; if that file exists, it is only read.
     """
-    # ------------------------------ set-up
     args.precision = upstream.precision  # auto becomes bf16 or fp32, to be compared on resume
-    names = [name for name in vars(args) if name not in MAY_CHANGE]
-    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
     splits = [train, dev, test]
-    probes, optimizers = [], []
     with program.one_line_errors():
-        files = [os.path.realpath(split.path(i)) for split in splits for i in range(len(split.ids))]
-        file, times = collections.Counter(files).most_common(1)[0]
-        if times > 1:
-            raise ValueError(f"{file}: used twice in {train.name}, {dev.name} and {test.name}")
         if args.noise:
             test.add_noise(args.noise, args.snr)
-        identity["noise"] = test.noise_key
-        for split in splits:
-            labels = [label.tolist() for label in split.labels]
-            identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
+        identity = identify(args, task, upstream, splits)
         batches = data.TrainBatches(train.corpus, args.batch_size, args.seed)
         checkpoint.lock(args.out)
         result = checkpoint.read_json(os.path.join(args.out, "result.json"))
@@ -145,101 +220,92 @@ def evaluate(args, task, upstream, train, dev, test):
             checkpoint.check_same(args.out, result.get("identity", {}), identity)
             print_result(args, result)
             return result
-        saved = {"identity": identity, "step": 0, "seconds": 0.0, "probes": [], "optimizers": []}
-        saved |= {"best": None, "curves": {f"{lr:g}": [] for lr in args.lr}}
-        saved = checkpoint.load_latest(args.out, saved.keys()) or saved
-        checkpoint.check_same(args.out, saved["identity"], identity)
-        for lr in args.lr:
-            torch.manual_seed(args.seed)  # the same initial weights at every rate
-            probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
-            probes.append(probe)
-            optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
-        for module, state in zip(probes + optimizers, saved["probes"] + saved["optimizers"]):
-            module.load_state_dict(state)
-        started = time.monotonic() - saved["seconds"]
+        sweep = Sweep(args, task, upstream, identity)
         stop = program.StopSignal()
         for split in splits:
             print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
             manifest.warn_skipped(split.skipped)
         print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
         compute_states(args, upstream, splits, stop)
+    train_probes(sweep, batches, train, dev, stop)
+    return score_best(sweep, splits, stop)
 
-    # ------------------------------ training
-    print(f"{args.out}: from step {saved['step']} of {args.steps}", flush=True)
+
+def identify(args, task, upstream, splits):
+    """What is compared when a run resumes: {setting: value}, hashes for content.
+
+    Raises ValueError if a file is in two splits.
+    """
+    files = [os.path.realpath(split.path(i)) for split in splits for i in range(len(split.ids))]
+    file, times = collections.Counter(files).most_common(1)[0]
+    if times > 1:
+        names = ", ".join(split.name for split in splits)
+        raise ValueError(f"{file}: used twice in {names}")
+    names = [name for name in vars(args) if name not in MAY_CHANGE]
+    identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
+    identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
+    identity["noise"] = splits[-1].noise_key
+    for split in splits:
+        labels = [label.tolist() for label in split.labels]
+        identity[split.name] = key(split.corpus.paths, split.corpus.samples.tolist(), labels)
+    return identity
+
+
+def train_probes(sweep, batches, train, dev, stop):
+    """Trains the probes of a Sweep to the last step; exits on a signal, after saving.
+
+    batches: the TrainBatches of the split `train`.
+    """
+    args = sweep.args
+    print(f"{args.out}: from step {sweep.step} of {args.steps}", flush=True)
     epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
-    plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[saved["step"] : args.steps]
-    loader = load_states(upstream, train, plan, args.workers, stop)
+    plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[sweep.step : args.steps]
+    loader = load_states(sweep.upstream, train, plan, args.workers, stop)
     losses, printed = [], time.monotonic()
-    for step, (indices, batch) in enumerate(zip(plan, loader), start=saved["step"] + 1):
-        states, frames = batch
-        labels = [train.labels[i] for i in indices]
-        norms = []
-        for lr, probe, optimizer in zip(args.lr, probes, optimizers):
-            if args.lr_decay:
-                optimizer.param_groups[0]["lr"] = lr * (args.steps + 1 - step) / args.steps
-            program.seed(
-                args.seed, step - 1
-            )  # the same dropout at every rate; no RNG state to resume
-            loss = task.loss(probe.train()(states, frames), frames, labels)
-            loss.backward()
-            losses.append(loss.item())
-            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
-            if math.isfinite(norms[-1]):  # a diverged rate is not updated
-                optimizer.step()
-            optimizer.zero_grad()
-        if not any(map(math.isfinite, norms)):
+    for indices, (states, frames) in zip(plan, loader):
+        try:
+            losses.append(sweep.update(states, frames, [train.labels[i] for i in indices]))
+        except ValueError as error:
             ids = ", ".join(train.ids[i] for i in indices[:3])
-            problem = "the gradient is not finite at any rate; lower --lr, or check the batch"
-            raise RuntimeError(f"step {step}: {problem}: {ids}, ...")
-
-        stopping = stop.number > 0
-        last = step == args.steps
-        if last or step % args.log_every == 0:
-            means = np.reshape(losses, (-1, len(probes))).mean(axis=0).round(4)
-            speed = len(losses) / len(probes) / (time.monotonic() - printed)
-            left = f"{speed:.3g} steps/s  {(args.steps - step) / speed / 60:.0f} min left"
+            raise RuntimeError(f"step {sweep.step + 1}: {error}: {ids}, ...") from None
+        step, stopping = sweep.step, stop.number > 0
+        is_last = step == args.steps
+        if is_last or step % args.log_every == 0:
+            speed = len(losses) / (time.monotonic() - printed)
+            left = f"{speed:.3g} steps/s  {program.time_left((args.steps - step) / speed)}"
+            means = np.mean(losses, axis=0).round(4)
             print(f"step {step}/{args.steps}  loss {means}  {left}", flush=True)
             losses, printed = [], time.monotonic()
-        score_now = last or step % args.eval_every == 0
+        score_now = is_last or step % args.eval_every == 0
         if score_now:
-            references, per_probe = predict(args, task, upstream, probes, dev, stop)
-            for lr, probe, hypotheses in zip(args.lr, probes, per_probe):
-                counts, totals = task.count(references, hypotheses)
-                value = float(counts.sum() / totals.sum())
-                saved["curves"][f"{lr:g}"].append([step, value])
-                print(f"step {step}: {task.metric} {value:.2%} on {dev.name}, --lr {lr:g}")
-                sign = 1 if task.higher_is_better else -1
-                if not saved["best"] or sign * value > sign * saved["best"]["score"]:
-                    weights = {name: w.cpu().clone() for name, w in probe.state_dict().items()}
-                    saved["best"] = {"score": value, "step": step, "lr": lr, "probe": weights}
+            sweep.compare(dev, stop)
         if score_now or stopping:
-            saved |= {"step": step, "seconds": time.monotonic() - started}
-            saved["probes"] = [probe.state_dict() for probe in probes]
-            saved["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
-            checkpoint.save(os.path.join(args.out, "last.pt"), saved, keep_previous=True)
+            sweep.save()
         if stopping:
-            print(f"{args.out}: stopped after step {step}; the same command resumes")
+            print(f"{args.out}: stopped after step {step}; the same command resumes", flush=True)
             raise SystemExit(128 + stop.number)
 
-    # ------------------------------ result
-    best = saved["best"]
-    probe = probes[0]  # for the weights of the best
+
+def score_best(sweep, splits, stop):
+    """The result of the best probe on the test split; writes test.ref, test.hyp and result.json."""
+    args, task, upstream = sweep.args, sweep.task, sweep.upstream
+    best, probe, test = sweep.best, sweep.probes[0], splits[-1]
     probe.load_state_dict(best["probe"])
     references, [hypotheses] = predict(args, task, upstream, [probe], test, stop)
-    counts, totals = task.count(references, hypotheses)
-    value = float(counts.sum() / totals.sum())
-    result = {"task": task.name, "metric": task.metric, task.metric.lower(): value}
+    errors, totals = task.count(references, hypotheses)
+    score = float(errors.sum() / totals.sum())
+    result = {"task": task.name, "metric": task.metric, task.metric.lower(): score}
     # Per test set, counts of errors (or correct answers) and totals; er.py has several sets.
-    result["per_utterance"] = [[counts.tolist(), totals.tolist()]]
+    result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
     result["interval"] = mean_and_interval([bootstrap(result["per_utterance"])])[1:].tolist()
     result["test_set"] = key(test.ids, references, test.noise_key)
-    result |= {"best_step": best["step"], "lr": best["lr"], "curves": saved["curves"]}
+    result |= {"best_step": best["step"], "lr": best["lr"], "curves": sweep.curves}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
     result["upstream"] = {"path": args.upstream, "layers": upstream.layers}
     result["noise"] = {"folder": args.noise, "snr": args.snr} if args.noise else None
     result["counts"] = {split.name: split.counts for split in splits}
-    result["seconds"] = round(time.monotonic() - started, 2)
-    result |= {"settings": vars(args), "identity": identity, "torch": torch.__version__}
+    result["seconds"] = round(sweep.seconds(), 2)
+    result |= {"settings": vars(args), "identity": sweep.identity, "torch": torch.__version__}
     if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
         warnings.warn(
             f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it"
@@ -264,6 +330,9 @@ def predict(args, task, upstream, probes, split, stop):
             for i, prediction in zip(indices, predictions):
                 hypotheses[i] = task.decode(prediction)
     return [task.decode(label.tolist()) for label in split.labels], per_probe
+
+
+# ------------------------------------------------------------------ intervals and results
 
 
 def bootstrap(per_utterance):

@@ -302,6 +302,7 @@ def main(arguments=None):
     add("--picture", metavar="FILE.svg", help="draw the scores")
     add("--layers", metavar="FILE.svg", help="draw the learned weights of the hidden states")
     add("--curves", nargs="+", metavar=("FILE.svg", "RUN"), help="draw losses of train.py's runs")
+    program.init()
     with program.one_line_errors():
         args = parser.parse_args(arguments)
         if len(args.curves or []) == 1 or not (args.folders or args.curves):

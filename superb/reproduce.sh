@@ -1,26 +1,16 @@
 #!/usr/bin/env bash
 # The comparison of arXiv:2302.12757 in SUPERB's tasks: students of one, two and all teachers, the
-# teachers and two baselines. Writes results.md and pictures to OUT. The same command resumes.
+# teachers and two baselines. Prints every command, and writes results.md and pictures to OUT.
+# The same command resumes.
 #
 #     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
-#     bash superb/reproduce.sh --demo                       # synthetic speech, 7 minutes, 2 cores
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-# : "${NAME=value}" sets NAME unless it is set.
-if [ "${1-}" = --demo ]; then
-    : "${DATA=data/demo}" "${LEXICON=data/demo/lexicon.txt}" "${VOXCELEB=data/demo/speakers.csv}"
-    : "${TEACHERS=$root/demo/hubert.pt,$root/demo/robust_hubert.pt,$root/demo/wavlm.pt}"
-    : "${HEADS=2,3,4}" "${STEPS=300}" "${TASKS=pr sid}" "${RATES=5e-3}"
-    : "${ROWS=fbank untrained teacher-hubert hubert avg concat none}"
-    : "${OUT=runs/demo-reproduce}" "${CACHE=$OUT/cache}"
-    # Random weights: the first layers of the demo's teachers alone would solve its tasks.
-    : "${TRAIN=--splits train-clean-100 --init none --batch-size 16 --lr 2e-3 --max-seconds 1.6}"
-    : "${PR=--steps 600 --eval-every 200 --batch-size 16}" "${SID=$PR}" "${ER=$PR}"
-    : "${ASR=$PR --hidden 64}" "${IEMOCAP=data/demo/emotion/emotions.csv}"
-    python -c "from demo import speech; speech.prepare()" || exit 2
-elif [ $# -gt 0 ]; then
+here=$root/ prefix="PYTHONPATH=$root "     # of printed commands
+[ "$PWD" = "$root" ] && here="" prefix=""
+if [ $# -gt 0 ]; then
     echo "reproduce.sh: $1: unknown; settings are variables, see the top of the script" >&2
     exit 2
 fi
@@ -45,7 +35,7 @@ OUT=${OUT-runs/reproduce}
 PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 distil=(python)
 ((PROCESSES > 1)) && distil=(torchrun --standalone --nproc_per_node="$PROCESSES")
-distil+=("$root/train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
+distil+=("${here}train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
 failed=()
 
 stop() {  # the running program saves its state
@@ -58,10 +48,22 @@ stop() {  # the running program saves its state
 trap 'stop 130' INT
 trap 'stop 143' TERM
 
-part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME.log
+show() {  # prints a command, for a shell in this folder
+    local word line=
+    for word; do
+        [[ $word =~ ^[[:alnum:]@%+=:,./_-]+$ ]] || word=${word@Q}
+        line+="$word "
+    done
+    printf '\n%s%s\n' "$prefix" "${line% }"
+}
+
+part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NAME.log too
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
-    "${@:2}" >>"$log" 2>&1 &    # in the background, so that bash handles signals meanwhile
-    wait $! && echo "$name: $((SECONDS - start)) s" && return
+    show "${@:2}" | tee -a "$log"
+    # In the background, so that bash handles signals meanwhile; COMMAND alone receives them. The
+    # log goes on if the terminal is closed.
+    "${@:2}" 2>&1 | (trap '' HUP INT PIPE; exec tee -a "$log") &
+    wait $! && echo "$name: $((SECONDS - start)) s" && return    # pipefail: the code of COMMAND
     code=$?
     ((code == 130 || code == 143)) && exit $code    # Ctrl-C, SIGTERM
     failed+=("$name")
@@ -69,16 +71,25 @@ part() {  # part NAME COMMAND...: runs COMMAND; its output goes to OUT/logs/NAME
     return 1
 }
 
-evaluate() {  # evaluate TASK FLAGS...
+evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
     local program=(-m "superb.$1") data=(--data "$DATA") more=${1^^}
     case $1 in
-        pr) program=("$root/evaluate_pr.py") data+=(--lexicon "$LEXICON") ;;
+        pr) program=("${here}evaluate_pr.py") data+=(--lexicon "$LEXICON") ;;
         sid) data=(--data "$VOXCELEB") ;;
         er) data=(--data "$IEMOCAP") ;;
     esac
     [[ ${data[1]} == *.csv ]] && data[0]=--manifest
-    # exec, so that `kill` reaches the program. ${!more}: $PR, $SID ...
-    exec python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:2}"
+    # ${!more}: $PR, $SID ...
+    part "$2" python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:3}"
+}
+
+table() {  # table FLAGS...: prints the table of all results
+    local results against=()
+    compgen -G "$OUT/*/seed-*/*/result.json" >/dev/null || return 0
+    compgen -G "$OUT/avg/seed-*/*/result.json" >/dev/null && against=(--against "average of $count")
+    results=("$OUT"/*/seed-*/*/result.json)
+    echo
+    python -m superb.report "${results[@]%/*}" "${against[@]}" --to "$OUT/results.md" "$@"
 }
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
@@ -95,11 +106,12 @@ row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train T
                 --out "$folder" ${CACHE:+--cache "$scratch"} || continue
         fi
         for task in $TASKS; do
-            part "$row/seed-$seed/$task" evaluate "$task" --upstream "$upstream" --seed "$seed" \
+            evaluate "$task" "$row/seed-$seed/$task" --upstream "$upstream" --seed "$seed" \
                 --out "$folder/$task" ${CACHE:+--cache "$scratch"}
         done
     done
     [[ -z $CACHE || ${#failed[@]} -gt $failed_before ]] || rm -rf "$scratch"
+    table
 }
 
 mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
@@ -134,10 +146,8 @@ row concat "$group" "concatenation of $count" train "$TEACHERS" --agg concat
 row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
 
-against=()
-compgen -G "$OUT/avg/seed-*/*/result.json" >/dev/null && against=(--against "average of $count")
-python -m superb.report "$OUT"/*/seed-*/*/ "${against[@]}" --to "$OUT/results.md" \
-    --picture "$OUT/results.svg" --layers "$OUT/layers.svg" || failed+=(report)
+# The last row has printed the table.
+table --picture "$OUT/results.svg" --layers "$OUT/layers.svg" >/dev/null || failed+=(report)
 if ((${#failed[@]})); then
     echo "failed: ${failed[*]}; logs are in $OUT/logs; the same command tries them again" >&2
     exit 1

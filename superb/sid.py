@@ -2,7 +2,6 @@
 
     python -m superb.sid --upstream runs/avg/student.pt --data data/VoxCeleb1
     python -m superb.sid --upstream runs/avg/student.pt --manifest speakers.csv
-    python -m superb.sid --demo
 
 The same command resumes a run.
 """
@@ -17,7 +16,6 @@ from torch import nn
 import data
 import manifest
 import program
-from evaluate_pr import LinearHead
 from superb import probe
 from superb.upstream import Split, Upstream
 
@@ -46,8 +44,8 @@ def read_voxceleb1(folder):
         if split not in SPLIT_NAMES or not audio:
             raise ValueError(f"{place}: not 1|2|3 SPEAKER/VIDEO/FILE.wav: {line.strip()[:60]!r}")
         paths = [f"{root}/{audio}" for root in ("wav", "dev/wav", "test/wav")]  # as it unpacks
-        found = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
-        rows.append(((found or paths)[0], audio.split("/")[0], SPLIT_NAMES[split], place))
+        existing = [path for path in paths if os.path.isfile(os.path.join(folder, path))]
+        rows.append(((existing or paths)[0], audio.split("/")[0], SPLIT_NAMES[split], place))
     return rows
 
 
@@ -105,8 +103,8 @@ def read_splits(root, rows):
     return speakers, [make_split(name, corpus, parts[name], speakers) for name in parts]
 
 
-class MeanHead(LinearHead):
-    """A LinearHead on the mean over frames; in training, over a random crop of `crop` frames.
+class MeanHead(probe.LinearHead):
+    """A linear head on the mean over frames; in training, over a random crop of `crop` frames.
 
     SUPERB projects first, then takes the mean: both are linear, so the results are equal.
     """
@@ -126,7 +124,7 @@ class MeanHead(LinearHead):
 
 
 class Classification:
-    """A task, as evaluate_pr.PhonemeRecognition; a label is a () tensor, the number of a class.
+    """A task, as PhonemeRecognition; a label is a () tensor, the number of a class.
 
     crop: the longest crop in training, in frames, or None.
     """

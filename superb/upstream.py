@@ -100,15 +100,10 @@ class FilterBanks(nn.Module):
         return [((x - x.mean(0)) / deviation)[None]]
 
 
-def state_numbers(text):
-    """Flag type: all, last, or numbers of hidden states."""
-    return text if text in ("all", "last") else sorted({int(state) for state in text.split(",")})
-
-
 class Upstream:
     """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
 
-    layers: the hidden states in use, from 0; dim: width of each; digest: hash of sizes and weights.
+    layers: its hidden states, from 0; dim: width of each; digest: hash of sizes and weights.
     memory: {(path, noise_key): (states, frames, dim)}, shared by all folds.
     """
 
@@ -116,18 +111,14 @@ class Upstream:
         self.device = program.find_device()
         self.precision = program.precision(args.precision, self.device)
         self.memory = {}
-        path, last = args.upstream, 0
+        path = args.upstream
         if path == "fbank":
             self.encoder, self.precision = FilterBanks(), "fp32"
-            self.digest, self.dim = key(path), 240
+            self.digest, self.dim, self.layers = key(path), 240, [0]
         else:
             self.encoder = load_encoder(path, self.device)
             self.digest, self.dim = digest(self.encoder), self.encoder.config.dim
-            last = self.encoder.config.layers
-        named = {"all": list(range(last + 1)), "last": [last]}
-        self.layers = named[args.states] if isinstance(args.states, str) else args.states
-        if not 0 <= min(self.layers) <= max(self.layers) <= last:
-            raise ValueError(f"--states {args.states}: {path} has hidden states 0 to {last}")
+            self.layers = list(range(self.encoder.config.layers + 1))
 
     @torch.no_grad()
     def __call__(self, waveform):
@@ -137,8 +128,8 @@ class Upstream:
         """
         waveforms = waveform[None].to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            found = self.encoder(waveforms, layers=self.layers)
-        return torch.cat(found).bfloat16()
+            states = self.encoder(waveforms, layers=self.layers)
+        return torch.cat(states).bfloat16()
 
 
 def load_encoder(path, device):

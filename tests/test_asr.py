@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import flags_of, on_cpu, read_symbols, write_audio
 
-import evaluate_pr
 from superb import asr as program
+from superb import ctc
 
 
 def score(out, **more):
@@ -31,7 +31,7 @@ def test_public_scorer_gives_the_same_wer(asr):
     hypotheses, references = read_symbols(out / "test.hyp"), read_symbols(out / "test.ref")
     assert list(references) == list(hypotheses) and len(references) == 16
     assert any(hypotheses.values())
-    texts = [[" ".join(line) for line in found.values()] for found in (references, hypotheses)]
+    texts = [[" ".join(line) for line in lines.values()] for lines in (references, hypotheses)]
     assert jiwer.wer(*texts) == pytest.approx(result["wer"], abs=1e-12)
 
 
@@ -48,7 +48,7 @@ def test_characters_are_letters_apostrophe_and_blank(tmp_path):
     write_audio(tmp_path / "dev/1/1", [8000, 9000])
     (tmp_path / "dev/1/1/x.trans.txt").write_text("000 Don't go\n001 42 TIMES\n")
     task = program.SpeechRecognition(8)
-    split = evaluate_pr.read_split(str(tmp_path), "dev", task.encode)
+    split = ctc.read_split(str(tmp_path), "dev", task.encode)
     assert split.ids == ["000"] and task.decode(split.labels[0].tolist()) == ["DON'T", "GO"]
     assert list(split.skipped.values()) == ["unknown characters 24"]
 

@@ -18,7 +18,7 @@ from pytest import approx
 
 import evaluate_pr
 from demo import speech
-from superb import probe
+from superb import ctc, probe
 from superb.upstream import FilterBanks, Upstream
 
 
@@ -31,9 +31,8 @@ def corpus(tmp_path_factory):
     return folder
 
 
-def upstream(path, states="all"):
-    args = argparse.Namespace(upstream=str(path), precision="fp32", states=states)
-    return Upstream(args)
+def upstream(path):
+    return Upstream(argparse.Namespace(upstream=str(path), precision="fp32"))
 
 
 def flags(corpus, out, **more):
@@ -89,21 +88,12 @@ def test_states_are_those_of_the_network_in_the_file(upstreams, name):
     network = upstream(upstreams / name)
     expected = torch.load(upstreams / "states.pt")[name]
     for row, waveform in enumerate(noise(2, 8000)):
-        found = network(waveform)
-        assert found.dtype == torch.bfloat16 and network.dim == 48
-        for state, by_hand in zip(found, expected, strict=True):
+        computed = network(waveform)
+        assert computed.dtype == torch.bfloat16 and network.dim == 48
+        for state, by_hand in zip(computed, expected, strict=True):
             torch.testing.assert_close(state.float(), by_hand[row], rtol=0.01, atol=1e-3)
     weights = network.encoder.parameters()
     assert not any(weight.requires_grad for weight in weights) and not network.encoder.training
-
-
-@pytest.mark.parametrize(
-    "states, layers", [("all", [0, 1, 2, 3, 4]), ("last", [4]), ([0, 2], [0, 2])]
-)
-def test_states_flag_selects_layers(upstreams, states, layers):
-    everything = upstream(upstreams / "hubert.pt")(noise(8000))
-    network = upstream(upstreams / "hubert.pt", states)
-    assert network.layers == layers and torch.equal(network(noise(8000)), everything[layers])
 
 
 def test_probe_gives_the_head_the_weighted_sum_of_the_states():
@@ -154,19 +144,19 @@ def test_cached_states_are_reused_and_damaged_files_computed_again(
 
 def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
     task = evaluate_pr.PhonemeRecognition(evaluate_pr.read_lexicon([corpus / "lexicon.txt"]))
-    split = evaluate_pr.read_split(str(corpus), "test-clean", task.encode)
+    split = ctc.read_split(str(corpus), "test-clean", task.encode)
     network = upstream(upstreams / "hubert.pt")
     torch.manual_seed(0)
     model = probe.Probe(len(network.layers), task.head(network.dim))
     with torch.no_grad():
         model.head.output.weight.mul_(10)  # so that a random head says something
     stop = argparse.Namespace(number=0)
-    found = []
+    predictions = []
     for size in (1, 8):
         args = argparse.Namespace(batch_size=size, workers=0)
         _, (hypotheses,) = probe.predict(args, task, network, [model], split, stop)
-        found.append(hypotheses)
-    assert found[0] == found[1] and len(set(map(str, found[0]))) > 3
+        predictions.append(hypotheses)
+    assert predictions[0] == predictions[1] and len(set(map(str, predictions[0]))) > 3
 
 
 # ------------------------------------------------------------------ resume
@@ -202,7 +192,7 @@ def test_sigterm_ends_a_run_after_its_step_and_it_resumes_bit_for_bit(
     corpus, whole, tmp_path, monkeypatch
 ):
     out, settings = whole
-    losses, loss = [], evaluate_pr.ctc_loss
+    losses, loss = [], ctc.ctc_loss
 
     def stop_in_step_6(*arguments):
         losses.append(loss(*arguments))
@@ -272,19 +262,19 @@ def test_other_settings_upstreams_and_data_are_refused(
     changes = {
         "--steps was 12, is 13": {"steps": 13},
         "--lr was": {"lr": "1e-3,1e-2"},
-        "upstream was": {"upstream": upstreams / "hubert.pt"},
-        "symbols was": {"lexicon": tmp_path / "lexicon.txt"},
-        "dev-clean was": {"data": changed},
+        "upstream changed": {"upstream": upstreams / "hubert.pt"},
+        "symbols changed": {"lexicon": tmp_path / "lexicon.txt"},
+        "dev-clean changed": {"data": changed},
     }
     for words, change in changes.items():
         line = refused(capsys, evaluate_pr, flags(corpus, tmp_path / "pr", **settings | change))
-        assert words in line and "--out" in line
+        assert words in line and "choose another folder" in line
 
 
 def test_noise_is_the_same_for_every_upstream_and_known_by_content(corpus, tmp_path):
     write_audio(tmp_path, [9000, 70000])
     clean, first, second, other = (
-        evaluate_pr.read_split(str(corpus), "test-clean", lambda words: [1]) for _ in range(4)
+        ctc.read_split(str(corpus), "test-clean", lambda words: [1]) for _ in range(4)
     )
     first.add_noise(str(tmp_path), [5.0])
     second.add_noise(str(tmp_path), [5.0])
@@ -329,7 +319,7 @@ def test_diverged_rate_is_not_updated_and_does_not_stop_the_others(corpus, tmp_p
 
 
 def test_training_stops_if_no_gradient_is_finite(corpus, tmp_path, monkeypatch):
-    loss = evaluate_pr.ctc_loss
+    loss = ctc.ctc_loss
     nan = staticmethod(lambda *arguments: loss(*arguments) * float("nan"))
     monkeypatch.setattr(evaluate_pr.PhonemeRecognition, "loss", nan)
     with pytest.raises(RuntimeError, match="step 1: the gradient is not finite.* 10[0-9]-1-"):
@@ -380,22 +370,18 @@ def test_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"upstream": ""}, ["--upstream"]),
         ({"upstream": "nowhere.pt"}, ["nowhere.pt", "wavlm_plus"]),
         ({"upstream": "{upstreams}/other.pt"}, ["other.pt"]),
-        ({"upstream": "{upstreams}/hubert.pt", "states": "0,9"}, ["--states [0, 9]", "0 to 4"]),
-        ({"upstream": "{upstreams}/hubert.pt", "states": "-1"}, ["--states [-1]", "0 to 4"]),
-        ({"states": "1,x"}, ["--states", "1,x"]),
         ({"lr": "fast"}, ["--lr", "fast"]),
         ({"steps": 0}, ["--steps", "at least 1"]),
-        ({"batch_size": 500}, ["--batch-size 500", "24 utterances"]),
+        ({"batch_size": 500}, ["a batch of 500", "24 utterances"]),
         ({"data": "nowhere"}, ["nowhere"]),
         ({"splits": "train-clean-100,dev-clean,test-other"}, ["test-other"]),
         ({"splits": "train-clean-100,dev-clean"}, ["--splits", "three"]),
         ({"splits": "train-clean-100,dev-clean,dev-clean"}, ["used twice in"]),
         ({"noise": "nowhere"}, ["nowhere", "no such folder"]),
         ({"noise": "{upstreams}"}, ["upstreams", "no audio"]),
-        ({"noise": "nowhere", "snr": "9,5"}, ["--snr [9.0, 5.0]"]),
+        ({"noise": "{upstreams}/..", "snr": "9,5"}, ["[9.0, 5.0] dB"]),
     ],
     ids=str,
 )
@@ -404,6 +390,10 @@ def test_bad_input_is_refused_in_one_line(corpus, upstreams, capsys, tmp_path, c
     line = refused(capsys, evaluate_pr, flags(corpus, tmp_path / "out", **change))
     assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_upstream_is_one_line(capsys):
+    assert "are required: --upstream" in refused(capsys, evaluate_pr, ["--steps", "1"])
 
 
 @pytest.mark.parametrize(
@@ -440,7 +430,7 @@ def test_audio_that_cannot_be_used_is_named_in_one_line(
 )
 def test_defaults_are_those_of_superb(task, steps, lr, capsys):
     program = importlib.import_module("evaluate_pr" if task == "pr" else f"superb.{task}")
-    args = program.make_parser().parse_args([])
+    args = program.make_parser().parse_args(["--upstream", "fbank"])
     assert (args.task, args.steps, args.lr) == (task, steps, [lr])
     assert args.batch_size == (16 if task == "asr" else 32)  # s3prl halves the batches of ASR
     assert getattr(args, "crop", 8.0) == 8.0 and getattr(args, "hidden", 1024) == 1024

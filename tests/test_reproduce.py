@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ import pytest
 import torch
 from conftest import ROOT, environment
 
-DEMO = {"STEPS": "2", "TASKS": "sid", "SID": "--steps 4", "ROWS": "", "OUT": "out"}
-DEMO |= {"TEACHERS": f"{ROOT}/demo/hubert.pt,{ROOT}/demo/wavlm.pt", "NAMES": "HuBERT,WavLM"}
-DEMO |= {"CACHE": "cache"}
+ALL = {"STEPS": "2", "TASKS": "sid", "SID": "--steps 4", "OUT": "out", "CACHE": "cache"}
+ALL |= {"TEACHERS": f"{ROOT}/demo/hubert.pt,{ROOT}/demo/wavlm.pt", "NAMES": "HuBERT,WavLM"}
+ALL |= {"HEADS": "2,3,4", "TRAIN": "--splits train-clean-100 --batch-size 8 --workers 0"}
 
 
 def start(folder, *flags, **settings):
@@ -39,13 +40,17 @@ def reproduce(folder, *flags, **settings):
 
 
 def test_what_it_cannot_run_is_one_line(tmp_path):
-    for flags, settings, words in ((["--dmo"], {}, "--dmo"), ([], {"NAMES": "A"}, "one name per")):
+    for flags, settings, words in (
+        (["--demo"], {}, "--demo"),
+        ([], {"NAMES": "A"}, "one name per"),
+    ):
         done = reproduce(tmp_path, *flags, **settings)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
 
 
 def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tmp_path):
     settings = {"ROWS": "fbank untrained", "TASKS": "sid", "OUT": "out", "VOXCELEB": "nowhere"}
+    settings |= {"TEACHERS": f"{ROOT}/demo/hubert.pt", "NAMES": "HuBERT", "HEADS": "2"}
     run = f"run{tmp_path.resolve()}/out.0".replace("/", ".")
     cached = tmp_path / "cache/reproduce" / run / "fbank"
     cached.mkdir(parents=True)
@@ -85,11 +90,32 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
     assert saved["step"] == steps >= 2  # it has ended: one line per step
 
 
+def test_commands_and_their_output_are_printed_and_the_commands_can_be_copied(corpus, tmp_path):
+    settings = {"DATA": str(corpus), "LEXICON": f"{corpus}/lexicon.txt", "TASKS": "pr"}
+    settings |= {"ROWS": "fbank", "OUT": "an out", "RATES": "1e-2", "PR": "--steps 2 --workers 0"}
+    done = reproduce(tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    log = (tmp_path / "an out/logs/fbank.seed-0.pr.log").read_text()
+    assert "step 2/2" in log and log in done.stdout
+    assert done.stdout.count("| filter banks") == 1 and (tmp_path / "an out/results.md").exists()
+    (line,) = [line for line in log.splitlines() if "evaluate_pr.py" in line]
+    assert "--lr 1e-2 --steps 2 --workers 0 --upstream fbank" in line
+    shutil.rmtree(tmp_path / "an out")
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path, env=environment(PATH=path))
+    assert (tmp_path / "an out/fbank/seed-0/pr/result.json").exists()
+
+
 @pytest.mark.slow
-def test_all_rows_are_run_once_and_only_missing_parts_again(tmp_path):
+def test_all_rows_are_run_once_and_only_missing_parts_again(corpus, tmp_path):
+    lines = ["path,label,split\n"]
+    for number, path in enumerate(sorted(corpus.glob("train-clean-100/*/1/*.flac"))):
+        lines.append(f"{path},{path.parts[-3]},{['train', 'dev', 'test'][number % 3]}\n")
+    (tmp_path / "speakers.csv").write_text("".join(lines))
+    settings = ALL | {"DATA": str(corpus), "VOXCELEB": "speakers.csv"}
     (tmp_path / "out/concat").mkdir(parents=True)
     (tmp_path / "out/concat/seed-0").write_text("in the way\n")
-    first = reproduce(tmp_path, "--demo", **DEMO)
+    first = reproduce(tmp_path, **settings)
     assert first.returncode == 1 and "failed: concat/seed-0; logs are in out/logs" in first.stderr
     lines = (tmp_path / "out/results.md").read_text().split("| *difference")[0].splitlines()[2:]
     assert ", ".join(line.split("|")[1].strip() for line in lines if line) == (
@@ -102,10 +128,10 @@ def test_all_rows_are_run_once_and_only_missing_parts_again(tmp_path):
     (tmp_path / "out/concat/seed-0").unlink()
     results = list((tmp_path / "out").rglob("result.json"))
     before = {path: path.stat().st_mtime_ns for path in results}
-    again = reproduce(tmp_path, "--demo", **DEMO)
+    again = reproduce(tmp_path, **settings | {"ROWS": "fbank wavlm concat"})
     assert again.returncode == 0, again.stderr
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert "concatenation of two" in (tmp_path / "out/results.md").read_text()
 
-    other = reproduce(tmp_path, "--demo", **DEMO | {"ROWS": "hubert", "STEPS": "3"})
+    other = reproduce(tmp_path, **settings | {"ROWS": "hubert", "STEPS": "3"})
     assert "hubert/seed-0 failed: train.py: out/hubert/seed-0: holds another" in other.stderr
