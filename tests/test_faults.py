@@ -159,7 +159,7 @@ def test_a_killed_rank_ends_the_job_or_restarts_it_bit_for_bit(job, restarts):
 BROKEN = """
 import sys
 sys.path.insert(0, {root!r})
-import runs, train, aggregate
+import program, train, aggregate
 average, calls = aggregate.average, []
 def broken(states):
     calls.append(1)
@@ -248,13 +248,13 @@ def test_a_run_whose_tee_has_ended_saves_its_step_at_a_signal(job, tmp_path):
 
 def test_an_error_that_cannot_be_printed_ends_the_program_and_its_workers(tmp_path):
     code = """
-import runs, multiprocessing, time
-def program():
+import program, multiprocessing, time
+def main():
     multiprocessing.Process(target=time.sleep, args=[3600], daemon=False).start()
     raise RuntimeError
-program.run(program)
+program.run(main)
 """
-    quiet = "import runs; program.run(lambda: print('a result'))"
+    quiet = "import program; program.run(lambda: print('a result'))"
     with open("/dev/full", "w") as full:
         output = {"stdout": full, "stderr": full, "env": os.environ | {"PYTHONUNBUFFERED": ""}}
         command = [sys.executable, "-c", code]
@@ -266,7 +266,7 @@ program.run(program)
 STUCK = """
 import sys, time
 sys.path.insert(0, {root!r})
-import runs, train, data
+import program, train, data
 read, calls = data.read_audio, []
 def stuck(*args):
     calls.append(1)
