@@ -13,6 +13,8 @@ import zipfile
 import torch
 from filelock import FileLock, Timeout
 
+# Of file systems without locks: NFS without lockd, gluster, FUSE.
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
@@ -84,16 +86,19 @@ def load(path, mmap=False):
 def lock(folder):
     """Locks a folder until this process ends. Raises ValueError if another run has locked it."""
     os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "lock")
     # A soft lock would outlive a killed run.
-    locks[folder] = FileLock(os.path.join(folder, "lock"), fallback_to_soft=False)
+    locks[folder] = FileLock(path, fallback_to_soft=False)
     try:
         locks[folder].acquire(timeout=0)
     except Timeout:
         remedy = "wait until it ends, or choose another folder"
         raise ValueError(f"{folder}: another run is using this folder; {remedy}") from None
     except OSError as error:
-        if error.errno != errno.ENOSYS:  # a file system without locks
-            raise
+        if error.errno not in WITHOUT_LOCKS:
+            raise OSError(error.errno, error.strerror, path) from None
+        remedy = "start no second run in this folder"
+        warnings.warn(f"{path}: not locked ({error.strerror}); {remedy}")
     for name in os.listdir(folder):
         if name.endswith(".partial"):  # left by a killed run
             os.remove(os.path.join(folder, name))
@@ -113,11 +118,13 @@ def load_latest(folder, keys):
             missing = [key for key in keys if key not in checkpoint]
             if missing:
                 raise ValueError(f"{path}: not a checkpoint of this program, no {missing[0]} in it")
+        except FileNotFoundError:  # renamed by another rank, as below
+            continue
         except (ValueError, TypeError) as error:
             warnings.warn(str(error), stacklevel=2)
             continue
         if path != newest and newest in paths:
-            with contextlib.suppress(OSError):  # another rank may have renamed it
+            with contextlib.suppress(OSError):
                 os.replace(newest, f"{newest}.damaged")
         return checkpoint
     if paths:
@@ -132,9 +139,11 @@ def check_same(folder, before, now):
     before, now: {name: value}. Values of flags are shown, of others (hashes) the name alone.
     """
     changes = []
-    for name in now | before:
-        if before.get(name) != now.get(name):
-            values = f"was {before.get(name)}, is {now.get(name)}"
+    for name in before | now:
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            values = f"was {'not given' if old is None else old}"
+            values += f", is {'not given' if new is None else new}"
             changes.append(f"{name} {values if name.startswith('--') else 'changed'}")
     if changes:
         raise ValueError(

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -17,16 +18,30 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
-LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+# Torchrun's or another launcher's; alone, a process is rank 0, whatever it inherits from a job.
+is_alone = not os.environ.get("RANK") or os.environ.get("WORLD_SIZE") in (None, "", "1")
+ranks = {} if is_alone else os.environ
+RANK = int(ranks.get("RANK", 0))
+LOCAL_RANK = int(ranks.get("LOCAL_RANK", 0))
+LOCAL_WORLD_SIZE = int(ranks.get("LOCAL_WORLD_SIZE", 1))
+WORLD_SIZE = int(ranks.get("WORLD_SIZE", 1))
+PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
+
+JOIN_LIMIT = 600  # seconds
+ALONE = "to run one process, unset RANK and WORLD_SIZE"
+# Ctrl-C; the end of a job; a closed terminal; the signals that SLURM and SGE send before the end.
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
 
 
 def run(program):
     """Calls program(), then exits without joining workers; with code 1 after an exception."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # for paths that are not UTF-8
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by 2>&-: the next file would get its number
+            setattr(sys, name, open(os.devnull, "r+"))
+        if hasattr(getattr(sys, name), "reconfigure"):  # not in Jupyter
+            getattr(sys, name).reconfigure(errors="backslashreplace")  # paths may not be UTF-8
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     code = 0
     try:
         program()
@@ -45,6 +60,11 @@ def run(program):
             stream.flush()
         except OSError:
             code = code or 1
+    if hasattr(sys, "ps1"):  # an interactive session goes on, as after Jupyter's %run
+        StopSignal.number = 0
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        sys.exit(code)
     os._exit(code)  # workers may wait for a disk or for this process
 
 
@@ -56,30 +76,69 @@ def init():
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 6):
         sys.exit(f"torch {torch.__version__} is too old: install torch and torchaudio 2.6 or later")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        # Batches vary in length. Torch reads this at the first allocation on a GPU.
+        # Batches vary in length. Torch reads these at the first allocation on a GPU, up to 2.9
+        # the old name alone; with both there is no warning about it.
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
     warnings.showwarning = show_warning
 
 
 def show_warning(message, *_):
     """Prints a warning in one line, on rank 0."""
     if RANK == 0:
-        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal, or tee, may be gone
+            print(f"warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
 
 
 def join():
-    """Joins torchrun's other ranks, if there are any."""
+    """Joins the other ranks, if there are any, within 10 minutes; later operations wait a day."""
     if WORLD_SIZE == 1:
         return
-    env, store = os.environ, None
-    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and env.get("GROUP_WORLD_SIZE") == "1":
-        # After --max-restarts, torchrun's store still holds the addresses of the dead ranks
-        # (pytorch issue 135712), so every start has a prefix.
-        store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False)
-        store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
-    timeout = datetime.timedelta(days=1)  # for a slow scan; torchrun detects dead ranks
-    dist.init_process_group(backend, timeout=timeout, world_size=WORLD_SIZE, rank=RANK, store=store)
+    env = os.environ
+    host, port = env.get("MASTER_ADDR", "localhost"), env.get("MASTER_PORT", "29500")
+    has_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store is torchrun's
+    has_store = RANK == 0 and not has_agent
+    limit = datetime.timedelta(seconds=JOIN_LIMIT)
+    with one_line_errors():
+        try:
+            if not has_store:
+                wait_until(lambda: is_reachable(host, port), f"{host}:{port}")
+            more = {"is_master": has_store, "timeout": limit, "wait_for_workers": False}
+            store = dist.TCPStore("localhost" if has_store else host, int(port), **more)
+            if has_agent and env["GROUP_WORLD_SIZE"] == "1":
+                # After --max-restarts, torchrun's store still holds the addresses of the dead
+                # ranks (pytorch issue 135712), so every start has a prefix.
+                store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
+            store.set(f"rank {RANK}", "")
+            ranks = [f"rank {rank}" for rank in range(WORLD_SIZE)]
+            wait_until(lambda: store.check(ranks), f"{host}:{port}")
+            backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
+            group = {"world_size": WORLD_SIZE, "rank": RANK, "store": store}
+            dist.init_process_group(backend, timeout=limit, **group)
+        except RuntimeError as error:
+            raise ValueError(f"{host}:{port}: {str(error)[:80]}; {ALONE}") from None
+    # For a slow scan of the audio; torchrun detects dead ranks.
+    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
+
+
+def wait_until(condition, address):
+    """Until condition(). Prints a line after 30 s; raises ValueError after 10 minutes."""
+    start, is_printed = time.monotonic(), LOCAL_RANK > 0
+    text = f"rank {RANK} waits for {WORLD_SIZE} processes at {address}"
+    while not condition():
+        waited = time.monotonic() - start
+        if waited > JOIN_LIMIT:
+            raise ValueError(f"{text} for over {JOIN_LIMIT} s; {ALONE}")
+        if waited > 30 and not is_printed:
+            is_printed = True
+            print(f"{text}; {ALONE}", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+
+
+def is_reachable(host, port):
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=5):
+        return True
+    return False
 
 
 def enough_gpus():
@@ -149,13 +208,15 @@ def mean(tensor):
 
 
 class StopSignal:
-    """Records SIGTERM and Ctrl-C, so that the current step is finished and saved."""
+    """Records signals to stop, so that the current step is finished and saved."""
 
     number = 0  # a class attribute: a signal between two main() calls stops the second
 
     def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.record)
+        for number in SIGNALS:
+            under_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
+                signal.signal(number, self.record)
 
     def record(self, number, frame):
         if self.number and number == signal.SIGINT:  # a second Ctrl-C
@@ -163,7 +224,12 @@ class StopSignal:
         StopSignal.number = number
 
     def received(self):
-        """The signal's number if any rank received one, else 0; for all ranks the same."""
+        """The signal's number if any rank received one, else 0; for all ranks the same.
+
+        SIGTERM if torchrun has died, since nothing else would end its ranks.
+        """
+        if PARENT and os.getppid() != PARENT:
+            StopSignal.number = signal.SIGTERM
         number = torch.tensor(self.number)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
@@ -182,7 +248,8 @@ class Progress:
         now = time.monotonic()
         if RANK == 0 and now - self.printed > 20:
             self.printed = now
-            print(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}", flush=True)
+            with contextlib.suppress(OSError):
+                print(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}", flush=True)
 
     def left(self, number):
         """Such as "90 s left" or "3 min left"."""
@@ -262,7 +329,8 @@ def one_line_errors():
         message = str(error) or type(error).__name__
     messages = [text for text in gather(message) if text]
     if messages:
-        if RANK == 0:
+        # Before join() the first rank of each machine prints.
+        if (RANK if dist.is_initialized() else LOCAL_RANK) == 0:
             text = " ".join(messages[0].split())
             print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
         elif not dist.is_initialized():
