@@ -1,11 +1,6 @@
-"""What --demo needs: synthetic speech, tables of speakers and emotions, and a comparison.
+"""The demo's data, without a download: synthetic speech, tables of speakers and emotions, noise."""
 
-The demo needs no download, and writes only to data/demo, data/demo.lock and runs/demo-AGG.
-"""
-
-import argparse
 import collections
-import glob
 import os
 import shutil
 
@@ -14,38 +9,20 @@ import soundfile
 from filelock import FileLock
 
 import checkpoint
-import program
 from data import SAMPLE_RATE, read_audio
 
 DATA = "data/demo"
-RUN = "runs/demo-avg"
-HERE = os.path.dirname(os.path.abspath(__file__))
-TEACHERS = [os.path.join(HERE, f"{name}.pt") for name in ("hubert", "robust_hubert", "wavlm")]
-SPLITS = {  # utterances, speakers, rooms
-    "train-clean-100": (240, 24, 8),
-    "dev-clean": (32, 8, 3),
-    "test-clean": (64, 16, 4),
+SPLITS = {  # utterances, speakers, rooms; the last one is for identifying speakers and emotions
+    "train-clean-100": (960, 24, 8),
+    "dev-clean": (64, 8, 3),
+    "test-clean": (512, 16, 4),
+    "speakers": (2160, 24, 6),
 }
-TABLES = {"sid": f"{DATA}/speakers.csv", "er": f"{DATA}/emotion/emotions.csv"}
-SETTINGS = {  # of the evaluations with --demo
-    "pr": {"data": DATA, "lexicon": f"{DATA}/lexicon.txt", "steps": 1200, "eval_every": 300},
-    "asr": {"data": DATA, "hidden": 64, "steps": 600, "eval_every": 150},
-    "sid": {"manifest": TABLES["sid"], "steps": 1500, "eval_every": 250},
-    "er": {"manifest": TABLES["er"], "lr": "1e-2", "steps": 600, "eval_every": 100},
-}
-ROWS = {  # of the comparison: folder and name, as in rows.tsv
-    "first-teacher": "first teacher",
-    "student": "student",
-    "before-distillation": "before distillation",
-    "filter-banks": "filter banks",
-}
-
-
-# ------------------------------------------------------------------ what --demo needs
+EMOTIONS = ["neutral", "happy", "sad", "angry"]
 
 
 def prepare():
-    """Writes the corpus and the tables of the tasks, unless they are there."""
+    """Writes data/demo, unless it exists: all of it, or nothing if interrupted."""
     os.makedirs(os.path.dirname(DATA), exist_ok=True)
     with FileLock(f"{DATA}.lock"):
         if os.path.isdir(DATA):
@@ -53,64 +30,43 @@ def prepare():
         shutil.rmtree(f"{DATA}.partial", ignore_errors=True)
         write_corpus(f"{DATA}.partial")
         write_tables(f"{DATA}.partial")
+        write_noise(f"{DATA}.partial")
         os.rename(f"{DATA}.partial", DATA)
 
 
-def train_student(folder, *flags):
-    """Path of FOLDER/student.pt; if it is missing or unfinished, train.py --demo is run first."""
-    import train  # not above: train.py imports this file
-
-    student = f"{folder}/student.pt"
-    with program.one_line_errors():
-        settings = checkpoint.read_json(f"{folder}/config.json").get("settings", {})
-        finished = os.path.exists(student) and checkpoint.load(student)["step"] == settings["steps"]
-    if not finished:
-        print(f"demo: {student} is not finished, running train.py --demo", flush=True)
-        train.main(["--demo", "--out", folder, *flags])
-    return student
-
-
-def compare(evaluate, args):
-    """Evaluates four upstreams by a task's evaluate(args), and prints superb.report's table."""
-    from superb import report
-
-    folder = args.out or RUN
-    lines = [f"{row}\t\t{name}\n" for row, name in ROWS.items()]
-    with program.one_line_errors():
-        os.makedirs(folder, exist_ok=True)
-        checkpoint.save(f"{folder}/rows.tsv", "".join(lines))
-    before = train_student(f"{RUN}/before-distillation", "--steps", "0")
-    upstreams = [TEACHERS[0], train_student(RUN), before, "fbank"]
-    for row, upstream in zip(ROWS, upstreams):
-        print(f"\n{ROWS[row]}", flush=True)
-        settings = vars(args) | {"upstream": upstream, "out": f"{folder}/{row}/{args.task}"}
-        evaluate(argparse.Namespace(**settings))
-    print()
-    report.main([f"{folder}/{row}/{args.task}" for row in ROWS])
-
-
-def write_tables(folder):
+def write_tables(folder, split="speakers"):
     """Writes speakers.csv for superb/sid.py, and emotion/, a table with audio, for superb/er.py.
 
-    Speakers: per training speaker, utterances of all three splits. Emotions: five folds of two
-    speakers; a sentence as it is, fast and high, slow and soft, or loud and distorted.
+    Speakers: of the utterances per speaker, half for the test, one tenth for dev.
+    Emotions: up to 20 speakers in five folds; a sentence is unchanged, fast and high, slow and
+    soft, or loud and distorted.
     """
-    splits = ["test", "dev", "train", "train", "train"]
-    labels = ["neutral", "happy", "sad", "angry"]
+    parts = ["test", "dev", *["test", "train"] * 4]
     speakers, emotions = ["path,label,split\n"], ["path,label,fold\n"]
     os.makedirs(f"{folder}/emotion", exist_ok=True)
-    for path in sorted(glob.glob("train-clean-100/*/1/*.flac", root_dir=folder)):
-        name = os.path.basename(path)
-        speaker, _, number = name.removesuffix(".flac").split("-")
-        speakers.append(f"{path},{speaker},{splits[int(number) % 5]}\n")
-        index = int(speaker) - 101
-        if index < 10:
-            label = labels[(int(number) + index // 5 * 2) % 4]
-            waveform = express(read_audio(f"{folder}/{path}").numpy(), label)
-            soundfile.write(f"{folder}/emotion/{name}", waveform, SAMPLE_RATE)
-            emotions.append(f"{name},{label},{index % 5}\n")
+    for index, speaker in enumerate(sorted(os.listdir(f"{folder}/{split}"))):
+        chapter = f"{split}/{speaker}/1"
+        names = [name for name in os.listdir(f"{folder}/{chapter}") if name.endswith(".flac")]
+        for number, name in enumerate(sorted(names)):
+            speakers.append(f"{chapter}/{name},{speaker},{parts[number % 10]}\n")
+            if index < 20 and number < 56:
+                emotion = EMOTIONS[number % 4]
+                waveform = express(read_audio(f"{folder}/{chapter}/{name}").numpy(), emotion)
+                soundfile.write(f"{folder}/emotion/{name}", waveform, SAMPLE_RATE)
+                emotions.append(f"{name},{emotion},{index % 5}\n")
     checkpoint.save(f"{folder}/speakers.csv", "".join(speakers))
     checkpoint.save(f"{folder}/emotion/emotions.csv", "".join(emotions))
+
+
+def write_noise(folder, files=16, seconds=8):
+    """Writes coloured noise: noise/ for the evaluations, and noise-train/ for distillation."""
+    for number, name in enumerate(["noise", "noise-train"]):
+        rng = np.random.default_rng([number, *b"noise"])
+        os.makedirs(f"{folder}/{name}")
+        for file in range(files):
+            noise = coloured_noise(seconds * SAMPLE_RATE, rng)
+            noise *= 0.5 / np.abs(noise).max()
+            soundfile.write(f"{folder}/{name}/{file:02d}.flac", noise, SAMPLE_RATE)
 
 
 def express(audio, emotion):
@@ -156,12 +112,11 @@ Voice = collections.namedtuple("Voice", "pitch formants pace tilt")
 HOP = 80  # samples per control point of the synthesis: 200 points per second
 
 
-def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
+def write_corpus(folder, seed=0, splits=SPLITS, decibels=(10, 30)):
     """Writes synthetic speech in LibriSpeech's layout: the same bytes for the same seed.
 
     folder gets SPLIT/SPEAKER/1/*.flac with .trans.txt, and lexicon.txt.
-    splits: {name: (utterances, speakers, rooms)}, by default ten minutes; no two splits share a
-        speaker or a room.
+    splits: {name: (utterances, speakers, rooms)}; no two splits share a speaker or a room.
     decibels: range of the signal-to-noise ratio.
     """
     speaker = 100
@@ -174,7 +129,7 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(5, 20)):
             lines = []
             for number in range(utterances // len(voices)):
                 name = f"{speaker}-1-{number:04d}"
-                words = sample_words(rng, 3, 8)
+                words = sample_words(rng, *((2, 5) if split == "speakers" else (3, 8)))
                 audio, _ = synthesise(words, voice, rng)
                 room = rooms[rng.integers(len(rooms))]
                 audio = add_room_and_noise(audio, room, rng.uniform(*decibels), rng)
@@ -238,13 +193,14 @@ def synthesise(words, voice, rng):
     glide = pitch * np.linspace(1.08, 0.92, len(time)) * vibrato
     phase = 2 * np.pi * np.cumsum(glide) / SAMPLE_RATE
     wave, before, audio = np.sin(phase), np.zeros(len(time)), np.zeros(len(time))
+    twice_cosine = 2 * np.cos(phase)
     for harmonic in range(1, int(4000 / pitch) + 1):
         distance = (harmonic * pitch - formants) / np.array([40, 55, 80])  # half bandwidths in Hz
         resonance = (np.array([1, 0.6, 0.3]) / np.sqrt(1 + distance**2)).sum(axis=1)
         amplitude = voicing * resonance / harmonic**voice.tilt
         audio += np.interp(time, points, amplitude) * wave
         # sin (k + 1)x = 2 cos x sin kx - sin (k - 1)x
-        wave, before = 2 * np.cos(phase) * wave - before, wave
+        wave, before = twice_cosine * wave - before, wave
 
     for name, count, end in zip(names, counts, np.cumsum(counts)):
         if SOUNDS[name].band:
@@ -266,10 +222,14 @@ def add_room_and_noise(audio, room, decibels, rng):
     """(samples,) in a room, with coloured noise `decibels` below the speech."""
     size = 1 << (len(audio) + len(room)).bit_length()
     audio = np.fft.irfft(np.fft.rfft(audio, size) * np.fft.rfft(room, size), size)[: len(audio)]
-    spectrum = np.fft.rfft(rng.standard_normal(len(audio)))
-    frequencies = np.fft.rfftfreq(len(audio), 1 / SAMPLE_RATE)
-    color = np.maximum(frequencies, 50) ** -rng.uniform(0, 1)
-    noise = np.fft.irfft(spectrum * color, len(audio))
+    noise = coloured_noise(len(audio), rng)
     level = np.sqrt((audio**2).mean() / (noise**2).mean())
     audio = audio + noise * level * 10 ** (-decibels / 20)
     return audio / np.abs(audio).max() * rng.uniform(0.3, 0.7)
+
+
+def coloured_noise(samples, rng):
+    """(samples,) between white noise, and noise whose amplitude is inverse to the frequency."""
+    spectrum = np.fft.rfft(rng.standard_normal(samples))
+    frequencies = np.fft.rfftfreq(samples, 1 / SAMPLE_RATE)
+    return np.fft.irfft(spectrum * np.maximum(frequencies, 50) ** -rng.uniform(0, 1), samples)

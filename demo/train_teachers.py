@@ -11,19 +11,43 @@ from demo import speech
 from encoder import EncoderConfig, SpeechEncoder
 from export import save_official
 
-FORMATS = {"hubert": "fairseq", "robust_hubert": "s3prl", "wavlm": "microsoft"}
 CONVOLUTIONS = ((48, 10, 5),) + ((48, 3, 2),) * 4 + ((48, 2, 2),) * 2
-VOICE_GROUPS = 6
-CLUSTERS = 1 + 12 * VOICE_GROUPS  # silence, and 12 phonemes per group of voices
+TEACHERS = {  # chosen by the scores of the teachers themselves, before any student was trained
+    "hubert": {
+        "format": "fairseq",
+        "steps": 2000,  # the most, in quiet speech alone: the lowest PER of the three
+        "lr": 2e-3,
+        "voice_groups": 2,  # deep and high voices: states about phonemes, hardly about speakers
+        "decibels": (15, 35),  # hardly any noise, as in audio books
+        "mixed": 0.0,  # one speaker at a time
+    },
+    "robust_hubert": {
+        "format": "s3prl",
+        "steps": 400,  # continues from HuBERT, hence few steps
+        "lr": 1e-3,  # lower, since the weights are trained
+        "voice_groups": 2,  # HuBERT's clusters
+        "decibels": (-10, 5),  # always loud noise: robust, for 1 point of PER in quiet speech
+        "mixed": 0.0,  # noise is the only difference from HuBERT
+    },
+    "wavlm": {
+        "format": "microsoft",
+        "steps": 1600,  # a seed of its own: states unrelated to HuBERT's, as with the official ones
+        "lr": 2e-3,
+        "voice_groups": 12,  # two voices per group: states about speakers, at the cost of phonemes
+        "decibels": (15, 35),  # as HuBERT
+        "mixed": 0.5,  # of the crops have a second speaker, as in arXiv:2110.13900
+    },
+}
+CLUSTERS = 1 + 12 * 12  # silence, and 12 phonemes in up to 12 groups of voices
 
 
-def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
+def train_teachers(folder, seed=0, teachers=TEACHERS, utterances=1200):
     """Trains on the training speakers, and writes three official formats in half precision.
 
     HuBERT's pre-training (arXiv:2106.07447) predicts the clusters of masked frames. HuBERT's
-    clusters come from k-means, which separates voices too. Here a cluster is a phoneme in one of
-    six groups of voices of similar pitch. RobustHuBERT (louder noise) and WavLM (a second
-    speaker) continue from HuBERT, with the clusters of the clean speech as targets.
+    clusters come from k-means, which separates voices too. Here a cluster is a phoneme in a group
+    of voices of similar pitch, so that the number of groups sets what a teacher learns about
+    speakers. Clusters are those of the clean speech, and of the first speaker.
     """
     split = "train-clean-100"
     voices, rooms, _ = speech.make_voices(split, *speech.SPLITS[split][1:])
@@ -33,13 +57,12 @@ def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
         words = speech.sample_words(rng, 4, 9)
         voice = number % len(voices)
         audio, sounds = speech.synthesise(words, voices[voice], rng)
-        group = voice * VOICE_GROUPS // len(voices)
-        corpus.append((audio, np.where(sounds == 0, 0, sounds + 12 * group)))
+        corpus.append((audio, sounds, voice / len(voices)))
 
     os.makedirs(folder, exist_ok=True)
     hubert = None
-    for name, count, lr in zip(FORMATS, steps, (2e-3, 1e-3, 1e-3)):
-        torch.manual_seed(seed)
+    for name, settings in teachers.items():
+        torch.manual_seed(seed + (name == "wavlm"))
         config = EncoderConfig(
             CONVOLUTIONS,
             dim=64,
@@ -52,16 +75,17 @@ def train_teachers(folder, seed=0, steps=(1600, 300, 300), utterances=1200):
         if name == "wavlm":
             config.relative_buckets, config.relative_distance = 32, 128
         encoder = SpeechEncoder(config)
-        if hubert:  # relative positions, WavLM's alone, remain random
-            encoder.load_state_dict(hubert.state_dict(), strict=False)
+        if name == "robust_hubert":
+            encoder.load_state_dict(hubert.state_dict())
         rng = np.random.default_rng([seed, 200])
-        predict_masked_clusters(encoder, name, corpus, rooms, count, lr, rng)
+        predict_masked_clusters(encoder, name, settings, corpus, rooms, rng)
         hubert = hubert or encoder
-        save_official(encoder, f"{folder}/{name}.pt", FORMATS[name], torch.float16)
+        save_official(encoder, f"{folder}/{name}.pt", settings["format"], torch.float16)
 
 
-def predict_masked_clusters(encoder, name, corpus, rooms, steps, lr, rng, batch_size=16):
+def predict_masked_clusters(encoder, name, settings, corpus, rooms, rng, batch_size=16):
     """HuBERT's pre-training, with equal weights for masked and other frames (its alpha of 0.5)."""
+    steps, lr = settings["steps"], settings["lr"]
     masked = None
     mask_embedding = torch.nn.Parameter(0.1 * torch.randn(encoder.config.dim))
     classifier = torch.nn.Linear(encoder.config.dim, CLUSTERS)
@@ -75,7 +99,7 @@ def predict_masked_clusters(encoder, name, corpus, rooms, steps, lr, rng, batch_
     for step in range(1, steps + 1):
         schedule = min(10 * step / steps, (steps + 1 - step) / (0.9 * steps))
         optimizer.param_groups[0]["lr"] = lr * schedule
-        waveforms, targets = sample_batch(name, corpus, rooms, batch_size, rng)
+        waveforms, targets = sample_batch(settings, corpus, rooms, batch_size, rng)
         starts = torch.from_numpy(rng.random(targets.shape) < 0.05).float()
         # Spans of 10 frames, as in HuBERT.
         masked = F.max_pool1d(F.pad(starts[:, None], (9, 0)), 10, 1)[:, 0] > 0
@@ -93,22 +117,24 @@ def predict_masked_clusters(encoder, name, corpus, rooms, steps, lr, rng, batch_
     hook.remove()
 
 
-def sample_batch(name, corpus, rooms, batch_size, rng, samples=24080):
+def sample_batch(settings, corpus, rooms, batch_size, rng, samples=24080):
     """Noisy crops, (batch, samples), and clusters of the clean speech, (batch, frames)."""
     frames = (samples - 400) // 320 + 1
     middles = (np.arange(frames) * 320 + 200) // speech.HOP
     waveforms = np.zeros((batch_size, samples), np.float32)
     targets = np.zeros((batch_size, frames), np.int64)
-    lowest = 0 if name == "robust_hubert" else 5  # signal-to-noise ratio in dB
     for waveform, target in zip(waveforms, targets):
-        audio, clusters = corpus[rng.integers(len(corpus))]
+        audio, sounds, voice = corpus[rng.integers(len(corpus))]
+        group = int(voice * settings["voice_groups"])
+        clusters = np.where(sounds == 0, 0, sounds + 12 * group)
         start = rng.integers(max(1, len(audio) - samples + 1)) // speech.HOP
         audio = audio[start * speech.HOP :][:samples]
         clusters = clusters[start:]
         room = rooms[rng.integers(len(rooms))]
-        audio = speech.add_room_and_noise(audio, room, rng.uniform(lowest, 20), rng)
+        decibels = rng.uniform(*settings["decibels"])
+        audio = speech.add_room_and_noise(audio, room, decibels, rng)
         waveform[: len(audio)] = audio
-        if name == "wavlm" and rng.random() < 0.5:  # another speaker for up to half of the time
+        if rng.random() < settings["mixed"]:  # a second speaker for up to half of the time
             other = corpus[rng.integers(len(corpus))][0]
             other = other[: rng.integers(samples // 10, samples // 2)]
             place = rng.integers(samples - len(other))
@@ -119,13 +145,13 @@ def sample_batch(name, corpus, rooms, batch_size, rng, samples=24080):
 
 
 def main(arguments=None):
+    program.init()
     with program.one_line_errors():
         parser = program.Parser("Train the demo's three teachers from scratch.")
         parser.add_argument("folder", metavar="DIR", help="gets the three checkpoints")
         folder = parser.parse_args(arguments).folder
-    program.find_device(cpu_ok=True)
     train_teachers(folder)
-    print(f"{folder}: {', '.join(f'{name}.pt' for name in FORMATS)}")
+    print(f"{folder}: {', '.join(f'{name}.pt' for name in TEACHERS)}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,43 @@
-"""The demo: its speech and teachers, what it writes, and what its programs show."""
+"""The demo's speech, tables and noise, and its three teachers."""
 
 import csv
 import hashlib
 import json
 import os
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import metrics, run
+from conftest import ROOT, flags_of, on_cpu
 
 import checkpoint
-import train
-from data import find_corpus
+import evaluate_pr
+from data import Noise
 from demo import speech, train_teachers
-from student import load_student
+from manifest import find_corpus
+from superb import sid
 from teachers import load_teacher
 
 ENERGIES = [4.7463e-4, 3.9494e-3, 6.7875e-3, 8.2988e-3, 2.0368e-3, 1.005e-2, 8.0547e-3, 2.0167e-3]
-SMALL_SPLITS = {"train-clean-100": (6, 3, 2), "dev-clean": (2, 2, 1)}
+SMALL_SPLITS = {"train-clean-100": (6, 3, 2), "dev-clean": (2, 2, 1), "speakers": (40, 4, 1)}
+TEACHERS = [f"{ROOT}/demo/{name}.pt" for name in train_teachers.TEACHERS]
+write_corpus = speech.write_corpus
+
+
+def write_small_corpus(folder, seed=0):
+    write_corpus(folder, seed, SMALL_SPLITS)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """data/demo, of few utterances."""
+    folder = tmp_path_factory.mktemp("small")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(speech, "write_corpus", write_small_corpus)
+        speech.prepare()
+    return folder / speech.DATA
 
 
 def digest(folder):
@@ -27,19 +46,15 @@ def digest(folder):
     return hashlib.sha256(b"".join(contents)).hexdigest()
 
 
+def read_table(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path):
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        speech.write_corpus(tmp_path / name, seed, SMALL_SPLITS)
+        write_small_corpus(tmp_path / name, seed)
     assert digest(tmp_path / "a") == digest(tmp_path / "b") != digest(tmp_path / "c")
-
-
-def test_a_damaged_student_is_one_line(tmp_path, capsys):
-    (tmp_path / "student.pt").write_bytes(b"damaged")
-    (tmp_path / "config.json").write_text('{"settings": {"steps": 1}}')
-    with pytest.raises(SystemExit) as end:
-        speech.train_student(tmp_path)
-    errors = capsys.readouterr().err
-    assert end.value.code == 2 and errors.count("\n") == 1 and "student.pt: damaged" in errors
 
 
 def test_a_sentence_sounds_as_it_did_when_the_teachers_were_trained():
@@ -51,28 +66,31 @@ def test_a_sentence_sounds_as_it_did_when_the_teachers_were_trained():
     np.testing.assert_allclose(energies, ENERGIES, rtol=1e-4)
 
 
-def test_the_corpus_is_librispeech_in_small(demo):
-    folder = demo[0] / "data" / "demo"
-    found = find_corpus(str(folder), list(speech.SPLITS))
-    assert 8 < found.hours() * 60 < 13 and not found.skipped
-    lexicon = {line.split("\t")[0] for line in (folder / "lexicon.txt").read_text().splitlines()}
+def test_the_corpus_is_librispeech_in_small(small):
+    found = find_corpus(str(small), list(SMALL_SPLITS))
+    assert len(found) == 48 and not found.skipped
+    lexicon = {line.split("\t")[0] for line in (small / "lexicon.txt").read_text().splitlines()}
     names = set()
-    for file in folder.rglob("*.trans.txt"):
+    for file in small.rglob("*.trans.txt"):
         for line in file.read_text().splitlines():
             names.add(line.split()[0])
             assert set(line.split()[1:]) <= lexicon
     assert names == {os.path.basename(path)[:-5] for path in found.paths}
 
 
-def test_no_two_splits_share_a_voice_a_room_or_a_speaker(demo):
-    voices, rooms, speakers = [], [], []
-    for split, (_, number, halls) in speech.SPLITS.items():
-        found = speech.make_voices(split, number, halls)
+def test_no_two_splits_share_a_speaker(small):
+    speakers = [speaker for split in SMALL_SPLITS for speaker in os.listdir(small / split)]
+    assert len(set(speakers)) == len(speakers) == 9
+
+
+def test_no_two_splits_share_a_voice_or_a_room():
+    voices, rooms = [], []
+    for split, (_, *sizes) in speech.SPLITS.items():
+        found = speech.make_voices(split, *sizes)
         voices += found[0]
         rooms += [room.tobytes() for room in found[1]]
-        speakers += os.listdir(demo[0] / "data" / "demo" / split)
-    assert len(set(voices)) == len(set(speakers)) == len(voices) == 48
-    assert len(set(rooms)) == len(rooms) == 15
+    assert len(set(voices)) == len(voices) == 72
+    assert len(set(rooms)) == len(rooms) == 21
 
 
 @pytest.mark.parametrize("decibels", [5, 20])
@@ -86,11 +104,19 @@ def test_noise_is_as_far_below_the_speech_as_it_should_be(decibels):
     assert ratio == pytest.approx(decibels, abs=0.5)
 
 
-def test_an_interrupted_corpus_is_written_again(tmp_path, monkeypatch):
-    write = speech.write_corpus
+def test_noise_for_distillation_is_not_that_of_the_evaluations(small):
+    contents = set()
+    for name in ("noise", "noise-train"):
+        noise = Noise(find_corpus(small / name, ["."]), [0])
+        assert len(noise.corpus) == 16
+        assert noise.corpus.samples.min() > find_corpus(str(small), ["dev-clean"]).samples.max()
+        contents |= {(small / name / path).read_bytes() for path in noise.corpus.paths}
+    assert len(contents) == 32
 
+
+def test_an_interrupted_corpus_is_written_again(tmp_path, monkeypatch):
     def interrupted(folder):
-        write(folder, splits=SMALL_SPLITS)
+        write_small_corpus(folder)
         raise KeyboardInterrupt
 
     monkeypatch.chdir(tmp_path)
@@ -98,53 +124,86 @@ def test_an_interrupted_corpus_is_written_again(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         speech.prepare()
     assert not os.path.exists(speech.DATA)
-    monkeypatch.setattr(speech, "write_corpus", lambda folder: write(folder, splits=SMALL_SPLITS))
+    monkeypatch.setattr(speech, "write_corpus", write_small_corpus)
     for _ in range(2):
         speech.prepare()
-        found = {"dev-clean", "train-clean-100", "lexicon.txt", "speakers.csv", "emotion"}
+        found = {"lexicon.txt", "speakers.csv", "emotion", "noise", "noise-train", *SMALL_SPLITS}
         assert set(os.listdir(speech.DATA)) == found
         assert sorted(os.listdir("data")) == ["demo", "demo.lock"]
 
 
-def test_the_tables_have_speakers_and_emotions(demo, monkeypatch):
-    monkeypatch.chdir(demo[0])
-    with open(f"{speech.DATA}/speakers.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 240 and len({row["label"] for row in rows}) == 24
-    assert {row["split"] for row in rows if row["label"] == "101"} == {"train", "dev", "test"}
-    assert all(os.path.exists(f"{speech.DATA}/{row['path']}") for row in rows)
-    with open(f"{speech.DATA}/emotion/emotions.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 100
+def test_every_speaker_is_in_training_dev_and_test(small):
+    rows = read_table(small / "speakers.csv")
+    assert len({row["label"] for row in rows}) == 4
+    for speaker in {row["label"] for row in rows}:
+        parts = [row["split"] for row in rows if row["label"] == speaker]
+        assert [parts.count(part) for part in ("train", "dev", "test")] == [4, 1, 5]
+    assert all(row["path"].split("/")[1] == row["label"] for row in rows)
+
+
+def test_emotions_change_the_audio_and_folds_share_no_speaker(small):
+    rows = read_table(small / "emotion" / "emotions.csv")
     assert {row["label"] for row in rows} == {"neutral", "happy", "sad", "angry"}
-    assert len({(row["path"][:3], row["fold"]) for row in rows}) == 10
-    assert find_corpus(f"{speech.DATA}/emotion", ["."]).samples.min() > 8000
+    assert len({(row["path"][:3], row["fold"]) for row in rows}) == 4
+    before = find_corpus(str(small), ["speakers"])
+    after = find_corpus(str(small / "emotion"), ["."])
+    lengths = {row["label"]: [] for row in rows}
+    for row, old, new in zip(rows, before.samples, after.samples):
+        lengths[row["label"]].append(new / old)
+    expected = {"neutral": 1, "happy": 1 / 1.25, "sad": 1 / 0.85, "angry": 1}
+    for emotion, ratios in lengths.items():
+        np.testing.assert_allclose(ratios, expected[emotion], rtol=1e-3)
+
+
+def test_test_sets_are_large_enough_for_intervals_of_3_points(tmp_path, monkeypatch):
+    """An accuracy p has an interval of 1.96 sqrt(p (1 - p) / utterances), the widest at 50%."""
+    short = np.sin(np.arange(1600)), None  # for speed, in place of each sentence
+    monkeypatch.setattr(speech, "synthesise", lambda words, voice, rng: short)
+    write_corpus(tmp_path, splits={"speakers": speech.SPLITS["speakers"]})
+    speech.write_tables(tmp_path)
+    parts = [row["split"] for row in read_table(tmp_path / "speakers.csv")]
+    assert [parts.count(part) for part in ("train", "dev", "test")] == [864, 216, 1080]
+    folds = [row["fold"] for row in read_table(tmp_path / "emotion" / "emotions.csv")]
+    assert [folds.count(fold) for fold in "01234"] == [224] * 5
+    assert 1.96 * (0.25 / min(1080, len(folds))) ** 0.5 < 0.03
+
+
+@pytest.mark.slow
+def test_the_demo_is_written_in_half_a_minute_on_one_core(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = time.process_time()
+    speech.prepare()
+    assert time.process_time() - before < 30
+    found = find_corpus(speech.DATA, ["train-clean-100"])
+    assert 25 < found.hours() * 60 < 35 and found.samples.max() < 4 * 16000
+    assert find_corpus(f"{speech.DATA}/emotion", ["."]).samples.min() > 4000
 
 
 # ------------------------------------------------------------------ the teachers
 
 
 def test_the_teachers_are_small_and_in_three_official_formats():
-    assert sum(os.path.getsize(path) for path in speech.TEACHERS) < 1.5e6
-    hubert, robust, wavlm = map(checkpoint.load, speech.TEACHERS)
+    assert sum(os.path.getsize(path) for path in TEACHERS) < 1.5e6
+    hubert, robust, wavlm = map(checkpoint.load, TEACHERS)
     assert {"cfg", "model"} <= hubert.keys() and "model" in hubert["cfg"]  # fairseq
     assert {"model_weight", "model_cfg", "task_cfg"} <= robust.keys()  # s3prl
     assert wavlm["cfg"]["relative_position_embedding"]  # Microsoft
     assert {weight.dtype for weight in wavlm["model"].values()} == {torch.float16}
-    for path in speech.TEACHERS:
+    for path in TEACHERS:
         config = load_teacher(path).config
         assert config.layers == 4 and bool(config.relative_buckets) == path.endswith("wavlm.pt")
 
 
 def test_the_teachers_can_be_trained_again_from_a_seed(tmp_path, capsys):
     teachers = {}
+    few = {name: {**train_teachers.TEACHERS[name], "steps": 2} for name in train_teachers.TEACHERS}
     for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
         folder = tmp_path / name
-        train_teachers.train_teachers(folder, seed, steps=(2, 1, 1), utterances=4)
+        train_teachers.train_teachers(folder, seed, few, utterances=4)
         for file in os.listdir(folder):
             teachers[name, file] = load_teacher(str(folder / file)).state_dict()
     assert "masked accuracy" in capsys.readouterr().out
-    for file in map(os.path.basename, speech.TEACHERS):
+    for file in map(os.path.basename, TEACHERS):
         a, b, c = (teachers[name, file] for name in "abc")
         assert all(torch.equal(weight, b[name]) for name, weight in a.items())
         assert not torch.equal(a["layers.0.ffn_in.weight"], c["layers.0.ffn_in.weight"])
@@ -152,55 +211,27 @@ def test_the_teachers_can_be_trained_again_from_a_seed(tmp_path, capsys):
     assert not torch.equal(hubert["layers.0.ffn_in.weight"], robust["layers.0.ffn_in.weight"])
 
 
-# ------------------------------------------------------------------ the programs
-
-
-def test_the_demo_writes_in_its_two_folders_alone(demo):
-    found = sorted(str(path.relative_to(demo[0])) for path in demo[0].glob("*/*"))
-    assert found == ["data/demo", "data/demo.lock", "runs/demo-avg"]
-
-
-def test_the_demo_learns_and_says_what_comes_next(demo):
-    assert "python evaluate_pr.py --demo" in demo[1].splitlines()[-1]
-    rows = metrics(demo[0] / speech.RUN)
-    assert rows[-1]["loss"] < 0.8 * rows[0]["loss"]
-    student = load_student(str(demo[0] / speech.RUN))
-    assert student.head_names == ["layer2", "layer3", "layer4"]
-
-
-def test_only_a_student_that_is_finished_is_scored(tmp_path, monkeypatch):
-    checkpoint.save(tmp_path / "student.pt", {"step": 2})
-    trained = []
-    monkeypatch.setattr(train, "main", trained.append)
-    for steps in (2, 3):
-        checkpoint.save(tmp_path / "config.json", json.dumps({"settings": {"steps": steps}}))
-        speech.train_student(tmp_path)
-        assert len(trained) == steps - 2
-
-
 @pytest.mark.slow
-def test_the_demo_takes_two_minutes_on_two_cores(whole_demo):
-    rows = metrics(whole_demo[0] / speech.RUN)
-    assert whole_demo[1] < 2 * 120  # seconds
-    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "program", [["evaluate_pr.py"], ["-m", "superb.sid"], ["-m", "superb.er"], ["-m", "superb.asr"]]
-)
-def test_the_student_of_the_demo_is_better_than_before_distillation(whole_demo, program):
-    folder = whole_demo[0]
-    done = run(*program, "--demo", cwd=folder, OMP_NUM_THREADS="2")
-    assert done.returncode == 0, done.stderr
-    task = program[-1].removeprefix("superb.").removeprefix("evaluate_").removesuffix(".py")
-    scores = {}
-    for row in ("first-teacher", "student", "before-distillation", "filter-banks"):
-        result = json.loads((folder / speech.RUN / row / task / "result.json").read_text())
-        scores[row] = result[result["metric"].lower()]
-        assert f"{100 * scores[row]:.1f}" in done.stdout
-    if task == "pr":
-        assert scores["student"] < 0.5 * scores["before-distillation"]
-        assert scores["first-teacher"] < 0.5 * scores["filter-banks"]
-    if task == "sid":
-        assert scores["student"] > max(scores["before-distillation"], scores["filter-banks"])
+def test_each_teacher_is_the_best_at_something(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    speech.prepare()
+    phonemes = {"data": speech.DATA, "lexicon": f"{speech.DATA}/lexicon.txt"}
+    noise = {"noise": f"{speech.DATA}/noise", "snr": 0}
+    tasks = {
+        "clean": (evaluate_pr, phonemes),
+        "noise": (evaluate_pr, phonemes | noise),
+        "speakers": (sid, {"manifest": f"{speech.DATA}/speakers.csv"}),
+    }
+    probes = {"steps": 600, "lr": "1e-2,3e-3", "lr_decay": True, "batch_size": 16}
+    errors = {}
+    for teacher in train_teachers.TEACHERS:
+        for task, (module, settings) in tasks.items():
+            out = tmp_path / teacher / task
+            settings = settings | probes | {"upstream": f"{ROOT}/demo/{teacher}.pt", "out": out}
+            on_cpu(module, flags_of(settings | {"eval_every": 200, "workers": 0}))
+            result = json.loads((out / "result.json").read_text())
+            errors[teacher, task] = result["per"] if "per" in result else 1 - result["accuracy"]
+    margins = {"clean": 0.003, "noise": 0.3, "speakers": 0.2}
+    for teacher, (task, margin) in zip(train_teachers.TEACHERS, margins.items()):
+        others = [name for name in train_teachers.TEACHERS if name != teacher]
+        assert all(errors[teacher, task] + margin < errors[name, task] for name in others)

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from conftest import read_symbols, refused, shared, write_audio
+from conftest import ROOT, read_symbols, refused, shared, write_audio
 from test_probe import flags, score
 
 import evaluate_pr
 from demo import speech
 from superb import ctc
 
-TEACHER = {"upstream": speech.TEACHERS[0], "steps": 40, "eval_every": 20, "batch_size": 16}
+TEACHER = {"upstream": f"{ROOT}/demo/hubert.pt", "steps": 40, "eval_every": 20, "batch_size": 16}
 
 
 def lexicon_of(tmp_path, text):
