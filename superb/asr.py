@@ -78,7 +78,8 @@ class SpeechRecognition:
         text = " ".join(words).upper()
         unknown = sorted(set(text) - set(CHARACTERS))
         if unknown or not words:
-            raise ValueError(f"unknown characters {''.join(unknown)}" if words else "no words")
+            quoted = ", ".join(map(repr, unknown))
+            raise ValueError(f"characters {quoted} are not English" if words else "no words")
         return [CHARACTERS.index(character) + 1 for character in text]
 
 

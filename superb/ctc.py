@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import unicodedata
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ def three_splits(text):
     if len(names) != 3:
         raise argparse.ArgumentTypeError(f"{text}: give three: train, dev and test")
     return names
+
+
+def normalize(text):
+    """Text in Unicode's composed form (NFC), with ' for the apostrophe U+2019."""
+    return unicodedata.normalize("NFC", text).replace("\u2019", "'")
 
 
 def read_splits(folder, names, encode):
@@ -47,13 +53,12 @@ def read_split(folder, name, encode):
                 raise ValueError(f"{os.path.join(folder, file)}, line {number}: {problem} {id}")
             if stem in audio:
                 try:
-                    labels[stem] = torch.tensor(encode(words))
+                    labels[stem] = torch.tensor(encode([normalize(word) for word in words]))
                 except ValueError as error:
                     skipped[stem] = str(error)
-    skipped |= {stem: "no transcript" for stem in audio.keys() - labels.keys() - skipped.keys()}
-    if not labels:
-        stem, reason = next(iter(skipped.items()))
-        raise ValueError(f"{os.path.join(folder, name)}: no utterance is usable: {stem}: {reason}")
+    for stem in sorted(audio.keys() - labels.keys() - skipped.keys()):
+        line = f"{os.path.basename(stem)} WORD WORD"
+        skipped[stem] = f"no transcript: no line {line!r} in a .trans.txt beside it"
     part = corpus.part([audio[stem] for stem in labels])
     ids = [os.path.basename(stem) for stem in labels]
     return Split(name, part, ids, list(labels.values()), skipped)

@@ -84,7 +84,7 @@ def make_split(name, corpus, rows, classes):
     """The Split of rows (path, class, ...) of a corpus, in the order of the corpus."""
     labels = {row[0]: torch.tensor(classes.index(row[1])) for row in rows}
     part = corpus.part([i for i, path in enumerate(corpus.paths) if path in labels])
-    if not part:
+    if not rows:
         raise ValueError(f"{corpus.root or '.'}: no utterances for {name}")
     skipped = {path: reason for path, reason in corpus.skipped.items() if path in labels}
     return Split(name, part, part.paths, [labels[path] for path in part.paths], skipped)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 
 import torch
 import torchaudio
@@ -22,7 +23,7 @@ class Split(torch.utils.data.Dataset):
 
     ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
     memory: that of the Upstream; cache: a Cache, or None. compute_states sets both.
-    Raises ValueError if an utterance is too long.
+    Raises ValueError if over 10% of the utterances are skipped, or one is too long.
     """
 
     noise = noise_key = cache = None
@@ -32,6 +33,11 @@ class Split(torch.utils.data.Dataset):
         self.name, self.corpus, self.skipped = name, corpus, skipped
         self.ids, self.labels = ids, labels
         self.counts = {"utterances": len(ids), "skipped": len(skipped)}
+        total = len(ids) + len(skipped)
+        if len(skipped) > 0.1 * total:
+            id, reason = next(iter(skipped.items()))
+            count = f"{len(skipped)} of {total} utterances cannot be used, over 10%"
+            raise ValueError(f"{name}: {count}: {id}: {reason}")
         longest = int(corpus.samples.argmax())
         seconds = corpus.samples[longest] / data.SAMPLE_RATE
         if seconds > MAX_SECONDS:
@@ -146,48 +152,86 @@ def compute_states(args, upstream, splits, stop):
     args: cache, batch_size and workers are used.
     """
     frame_bytes = 2 * len(upstream.layers) * upstream.dim  # bfloat16
-    sizes_of, missing = {}, {}  # {split: [bytes]}, {(split, utterance): bytes}
+    sizes = {}  # {split: [bytes]}
     for split in splits:
-        lengths = split.corpus.samples.tolist()
-        sizes_of[split] = [frame_bytes * upstream.encoder.frames(length) for length in lengths]
-        if args.cache:
-            batch_bytes = args.batch_size * max(sizes_of[split])
-            data.check_shared_memory(batch_bytes, args.workers)
-    for split, sizes in sizes_of.items():
         split.memory = upstream.memory
+        lengths = split.corpus.samples.tolist()
+        sizes[split] = [frame_bytes * upstream.encoder.frames(length) for length in lengths]
         if args.cache:
-            name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
-            split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
-            label = f"states of {split.name}"
-            split.cache.fill(lambda i, s=split: upstream(s.read(i)).cpu(), sizes, label, stop)
-        else:
-            for i, size in enumerate(sizes):
-                if split.memory_key(i) not in upstream.memory:
-                    missing[split, i] = size
-    if missing:
-        needed = sum(missing.values())
-        fits = needed < free_memory() / 2
-        place = "in memory" if fits else "computed at every step; --cache DIR would store them"
-        print(f"states: {needed / 1e9:.3g} GB, {place}", flush=True)
-        if fits:
-            for split, i in missing:
-                if stop.number:
-                    raise SystemExit(128 + stop.number)
-                upstream.memory[split.memory_key(i)] = upstream(split.read(i)).cpu()
+            data.check_shared_memory(args.batch_size * max(sizes[split]), args.workers)
+    if not args.cache:
+        fill_memory(upstream, sizes, stop)
+        return
+    for split in splits:
+        name = key(upstream.digest, upstream.precision, upstream.layers, split.noise_key)
+        split.cache = Cache(os.path.join(args.cache, f"states-{name}"), split.corpus)
+        label = f"states of {split.name}"
+        split.cache.fill(lambda i, s=split: upstream(s.read(i)).cpu(), sizes[split], label, stop)
 
 
-def free_memory():
-    """Bytes of memory that are available, within a container's limit; 0 if that is unknown."""
-    if not os.path.exists("/proc/meminfo"):
+def fill_memory(upstream, sizes, stop):
+    """Computes states into upstream.memory, unless they need over half of the free memory.
+
+    sizes: {split: [bytes per utterance]}. Exits on a signal.
+    """
+    missing = {}  # {(split, utterance): bytes}
+    for split, split_sizes in sizes.items():
+        for i, size in enumerate(split_sizes):
+            if split.memory_key(i) not in upstream.memory:
+                missing[split, i] = size
+    if not missing:
+        return
+    needed = sum(missing.values())
+    text = f"states: {needed / 1e9:.3g} GB of {len(missing):,} utterances"
+    if needed > free_memory() / 2:
+        print(f"{text}, computed at every step; --cache DIR stores them", flush=True)
+        return
+    print(f"{text}, in memory, lost if stopped; --cache DIR stores them", flush=True)
+    progress = program.Progress("states", len(missing))
+    for number, (split, i) in enumerate(missing, start=1):
+        if stop.number:
+            remedy = "with --cache DIR, the same command would have resumed"
+            print(f"stopped: the {number - 1:,} states in memory are lost; {remedy}", flush=True)
+            raise SystemExit(128 + stop.number)
+        upstream.memory[split.memory_key(i)] = upstream(split.read(i)).cpu()
+        progress.show(number)
+
+
+CGROUPS = {  # controllers, as in /proc/self/cgroup: folder, files of limit and use, prefix
+    "": ("", "memory.max", "memory.current", ""),  # cgroup 2
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),  # cgroup 1
+}
+
+
+def free_memory(root="/"):
+    """Bytes of memory that are available within the limits of containers and jobs, or 0.
+
+    Those are the limits of this process's cgroup and of all around it, less what is used there,
+    without cached files. root: of proc/ and sys/. 0 if there is no proc/.
+    """
+    root = Path(root)
+    if not (root / "proc/meminfo").exists():
         return 0
-    with open("/proc/meminfo", encoding="ascii") as file:
-        sizes = dict(line.split(":") for line in file)
-    free = int(sizes["MemAvailable"].split()[0]) * 1024
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroup 2, and 1
-        with contextlib.suppress(OSError, ValueError):  # absent, or the limit is "max"
-            with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-                free = min(free, int(file.read()))
-    return free
+    free = 1024 * read_numbers(root / "proc/meminfo")["MemAvailable"]
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in CGROUPS:
+            continue
+        folder, limit, used, prefix = CGROUPS[controllers]
+        path = root / "sys/fs/cgroup" / folder / path.strip("/")
+        for place in (path, *path.parents):
+            with contextlib.suppress(OSError, KeyError, ValueError):  # absent, or "max"
+                stat = read_numbers(place / "memory.stat")
+                cached = stat[f"{prefix}inactive_file"] + stat[f"{prefix}active_file"]
+                bytes_used = int((place / used).read_text()) - cached
+                free = min(free, int((place / limit).read_text()) - bytes_used)
+    return max(free, 0)
+
+
+def read_numbers(path):
+    """{name: number} of a file of lines such as "name: 42 kB"."""
+    rows = [line.split() for line in path.read_text().splitlines()]
+    return {name.rstrip(":"): int(number) for name, number, *_ in rows}
 
 
 def load_states(upstream, split, plan, workers, stop):

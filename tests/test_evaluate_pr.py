@@ -78,6 +78,10 @@ def test_trained_teacher_reads_real_speech_better_than_chance(tmp_path):
 # ------------------------------------------------------------------ lexicons
 
 
+LINES = "#HASH HH AE1\nMA m 1\noeuf 9 f\n"
+ENTRIES = {"#HASH": ["HH", "AE1"], "MA": ["m", "1"], "OEUF": ["9", "f"]}  # X-SAMPA
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -87,18 +91,52 @@ def test_trained_teacher_reads_real_speech_better_than_chance(tmp_path):
         "READ R EH1 D # the past tense",
         "READ R EH1 D #1",
         "READ(1) R EH1 D",
-        "READ 1.0 R EH1 D",
-        "READ 1 R EH1 D",
-        "READ 2.5e-05 R EH1 D",
-        "read\t0.99\t0.2\t1.0\t0.85\tR EH1 D",
-        ";;; a comment\n# another\nREAD R EH1 D\nREAD R IY1 D\nREAD(2) R IY1 D",
+        "READ R EH1 D, R IY1 D",
+        "READ R EH1 D , R IY1 D ,",
+        "READ\tR EH1 D\tR IY1 D",
+        "READ\tR EH1 D\t# the past tense",
+        "READ\tR\tEH1\tD\t# the past tense",
+        "READ /R EH1 D/, /R IY1 D/",
+        "READ [READ] R EH1 D",
+        "READ [] R EH1 D",
+        "#\n;;; a comment\n# another\nREAD R EH1 D\nREAD R IY1 D\nREAD(2) R IY1 D",
         "\ufeffREAD R EH1 D",
     ],
 )
 def test_every_form_of_lexicon_gives_the_first_pronunciation(tmp_path, line):
-    expected = {"READ": ["R", "EH1", "D"], "#HASH": ["HH", "AE1"], "MA": ["m", "1"]}
-    expected["OEUF"] = ["9", "f"]  # X-SAMPA
-    assert lexicon_of(tmp_path, f"{line}\n#HASH HH AE1\nMA m 1\noeuf 9 f\n") == expected
+    expected = ENTRIES | {"READ": ["R", "EH1", "D"]}
+    assert lexicon_of(tmp_path, f"{line}\n{LINES}") == expected
+
+
+@pytest.mark.parametrize("columns", ["1.0", "1", "2.5e-05", "0.99\t0.2\t1.0\t0.85", "[X] 0.5"])
+def test_first_numbers_are_probabilities_if_every_line_has_them(tmp_path, columns):
+    lines = [f"{word}\t{columns}\t{' '.join(phones)}\n" for word, phones in ENTRIES.items()]
+    assert lexicon_of(tmp_path, "".join(lines)) == ENTRIES
+    assert lexicon_of(tmp_path, f"roi 1 w a\n{LINES}")["ROI"] == ["1", "w", "a"]
+    with pytest.raises(ValueError, match="line 1: a number, but not in every line.*'ROI 0.5 w a'"):
+        lexicon_of(tmp_path, f"roi 0.5 w a\n{LINES}")
+
+
+def test_hash_before_phones_of_the_file_is_a_boundary_of_syllables(tmp_path):
+    line = "airplane E r # p l ei n"
+    phones = ["E", "r", "p", "l", "ei", "n"]
+    assert lexicon_of(tmp_path, f"{line}\nplain p l ei n\n")["AIRPLANE"] == phones
+    text = "airplane\tE r # p l ei n\tE r # p l e n\nplain p l ei n\n"
+    assert lexicon_of(tmp_path, text)["AIRPLANE"] == phones
+    with pytest.raises(ValueError, match="line 1: '# p l ei n' may be phones or a comment; remove"):
+        lexicon_of(tmp_path, f"{line}\nno n @U\n")
+    assert lexicon_of(tmp_path, "aalborg AO1 L B # place, danish\n") == {
+        "AALBORG": ["AO1", "L", "B"]
+    }
+
+
+def test_words_of_one_symbol_are_refused(tmp_path):
+    text = "hello\t/həlou/\nno\t/nou/, /nə/\na\tə l\n"
+    with pytest.raises(
+        ValueError, match="lexicon.txt: most words have one symbol.*'həlou'.*spaces"
+    ):
+        lexicon_of(tmp_path, text)
+    assert lexicon_of(tmp_path, "a\tə\nno\tn ou\n")["A"] == ["ə"]
 
 
 @pytest.mark.parametrize("line", ["SHE", "SHE 0.5", "SHE SH 0.5 IY1", "SHE # a word"])
@@ -107,7 +145,7 @@ def test_line_without_phones_is_refused_by_file_and_line(tmp_path, line):
         lexicon_of(tmp_path, f"SEE S IY1\n\n{line}\n")
     with pytest.raises(ValueError, match="empty lexicon"):
         lexicon_of(tmp_path, "\n")
-    with pytest.raises(FileNotFoundError, match="nowhere.*--lexicon.*openslr"):
+    with pytest.raises(FileNotFoundError, match="nowhere.*lexicon.*openslr"):
         evaluate_pr.read_lexicon(["nowhere"])
 
 
@@ -117,21 +155,23 @@ def test_line_without_phones_is_refused_by_file_and_line(tmp_path, line):
 def test_utterances_that_cannot_be_used_are_skipped_with_a_reason(corpus, tmp_path, capsys):
     folder = tmp_path / "corpus"
     shutil.copytree(corpus, folder)
-    path = sorted(folder.glob("test-clean/*/*/*.trans.txt"))[0]
+    path = sorted(folder.glob("train-clean-100/*/*/*.trans.txt"))[0]
     lines = path.read_text().splitlines()
-    unknown, empty = lines[0].split()[0], lines[1].split()[0]
-    lines[:2] = [lines[0] + " XYZZY", empty]
+    empty = lines[1].split()[0]
+    lines[:2] = [lines[0] + " cat, XYZZY", empty]
     for name in ("._x.flac", ".hidden.flac", "._x.trans.txt"):  # AppleDouble files
         (path.parent / name).write_bytes(b"\x00\x05\x16\x07")
     soundfile.write(path.parent / "untold.flac", np.zeros(8000), 16000)
     soundfile.write(path.parent / "short.flac", np.zeros(300), 16000)
     path.write_text("\n".join([*lines, "short SEE"]) + "\n")
-    counts = score(folder, tmp_path / "out")["counts"]["test-clean"]
-    assert counts == {"utterances": 14, "skipped": 4}
-    warnings = capsys.readouterr().err
-    for reason in ("not in the lexicon: XYZZY", "no words", "no transcript", "300 samples"):
-        assert warnings.count(reason) == 1
-    assert not {unknown, empty} & read_symbols(tmp_path / "out/test.ref").keys()
+    result = score(folder, tmp_path / "out")
+    assert result["counts"]["train-clean-100"] == {"utterances": 130, "skipped": 4}
+    printed = capsys.readouterr()
+    form = "no transcript: no line 'untold WORD WORD' in a .trans.txt beside it"
+    for reason in ("not in the lexicon: 'cat,', 'XYZZY'", "no words", form, "300 samples"):
+        assert printed.err.count(reason) == 1
+    assert f"PER {result['per']:.2%} over 16 utterances, 95%" in printed.out
+    assert "symbols: 12: AA1, EH1, F, IY1, L, M, N, OW1, ..." in printed.out
 
 
 @pytest.mark.parametrize("extra, words", [("nobody SEE", "no audio"), ("{first}", "second line")])
@@ -145,10 +185,31 @@ def test_transcript_that_does_not_fit_the_audio_is_refused(corpus, tmp_path, ext
         ctc.read_split(str(folder), "dev-clean", lambda words: [1])
 
 
-def test_split_without_usable_transcripts_is_refused_with_the_reason(corpus):
-    task = evaluate_pr.PhonemeRecognition({"HUND": ["HH", "UH1", "N", "D"]})
-    with pytest.raises(ValueError, match="dev-clean: no utterance is usable: .*not in the lexicon"):
-        ctc.read_split(str(corpus), "dev-clean", task.encode)
+def test_split_with_over_a_tenth_of_unusable_utterances_is_refused_with_a_reason(tmp_path):
+    write_audio(tmp_path / "dev", [8000] * 11)
+    task = evaluate_pr.PhonemeRecognition({"SEE": ["S", "IY1"]})
+    for unusable, count in ((1, None), (2, "2 of 11"), (11, "11 of 11")):
+        lines = [f"{n:03d} {'cat, SEE' if n < unusable else 'see'}\n" for n in range(11)]
+        (tmp_path / "dev/x.trans.txt").write_text("".join(lines))
+        if not count:
+            assert ctc.read_split(str(tmp_path), "dev", task.encode).counts["skipped"] == 1
+            continue
+        with pytest.raises(ValueError) as error:
+            ctc.read_split(str(tmp_path), "dev", task.encode)
+        reason = "dev/000: not in the lexicon: 'cat,'"
+        message = f"dev: {count} utterances cannot be used, over 10%: {reason}"
+        assert str(error.value) == message
+
+
+def test_apostrophes_and_composed_letters_are_one_in_lexicon_and_transcripts(tmp_path):
+    lexicon = lexicon_of(tmp_path, "don\u2019t d @U n t\ncafe\u0301 k a f e\u0301\n")
+    assert lexicon == {"DON'T": ["d", "@U", "n", "t"], "CAFÉ": ["k", "a", "f", "é"]}
+    write_audio(tmp_path / "dev", [8000] * 2)
+    text = "000 don't caf\u00e9\n001 don\u2019t cafe\u0301\n"
+    (tmp_path / "dev/x.trans.txt").write_text(text)
+    task = evaluate_pr.PhonemeRecognition(lexicon)
+    split = ctc.read_split(str(tmp_path), "dev", task.encode)
+    assert split.labels[0].tolist() == split.labels[1].tolist() and len(split.labels[0]) == 8
 
 
 # ------------------------------------------------------------------ CTC and edit distances
