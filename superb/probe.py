@@ -79,14 +79,14 @@ def main(parser, evaluate_upstream, arguments):
     with program.one_line_errors():
         args = parser.parse_args(arguments)
         if program.WORLD_SIZE > 1:
-            raise ValueError("an evaluation is one process: run python in place of torchrun")
+            raise ValueError("an evaluation is one process: run it without torchrun, unset RANK")
     student = os.path.join(args.upstream, "student.pt")
     if os.path.exists(student):  # --upstream is the folder of a run
         args.upstream = student
     folder, name = os.path.split(os.path.normpath(args.upstream))
     if name != "student.pt":
         folder = os.path.join("runs", os.path.splitext(name)[0])
-    args.out = args.out or os.path.join(folder, args.task)
+    args.out = args.out or os.path.join(folder, args.task + "-noise" * bool(args.noise))
     evaluate_upstream(args)
 
 
@@ -142,7 +142,9 @@ class Sweep:
         self.curves = {f"{lr:g}": [] for lr in args.lr}
         saved = checkpoint.load_latest(args.out, CONTENT)
         if saved:
-            checkpoint.check_same(args.out, saved["identity"], identity)
+            # Noise is in the test split alone.
+            training = {name: value for name, value in identity.items() if name != "noise"}
+            checkpoint.check_same(args.out, saved["identity"], training)
             self.step, seconds, self.best = saved["step"], saved["seconds"], saved["best"]
             self.curves = saved["curves"]
             for probe, state in zip(self.probes, saved["probes"]):
@@ -225,8 +227,11 @@ def evaluate(args, task, upstream, train, dev, test):
         for split in splits:
             print(f"{split.name}: {split.corpus}, {len(split.skipped)} skipped")
             manifest.warn_skipped(split.skipped)
+        symbols = ", ".join(task.symbols[:8]) + ", ..." * (len(task.symbols) > 8)
+        print(f"symbols: {len(task.symbols)}: {symbols}")
         print(f"upstream: {args.upstream}, {upstream.precision} on {upstream.device.type}")
-        compute_states(args, upstream, splits, stop)
+        is_trained = sweep.step == args.steps
+        compute_states(args, upstream, [test] if is_trained else splits, stop)
     train_probes(sweep, batches, train, dev, stop)
     return score_best(sweep, splits, stop)
 
@@ -261,7 +266,8 @@ def train_probes(sweep, batches, train, dev, stop):
     epochs = range(math.ceil(args.steps / batches.steps_per_epoch))
     plan = np.concatenate([batches.plan(epoch)[0] for epoch in epochs])[sweep.step : args.steps]
     loader = load_states(sweep.upstream, train, plan, args.workers, stop)
-    losses, printed = [], time.monotonic()
+    progress = program.Progress("step", args.steps, sweep.step)
+    losses = []
     for indices, (states, frames) in zip(plan, loader):
         try:
             losses.append(sweep.update(states, frames, [train.labels[i] for i in indices]))
@@ -271,11 +277,11 @@ def train_probes(sweep, batches, train, dev, stop):
         step, stopping = sweep.step, stop.number > 0
         is_last = step == args.steps
         if is_last or step % args.log_every == 0:
-            speed = len(losses) / (time.monotonic() - printed)
-            left = f"{speed:.3g} steps/s  {program.time_left((args.steps - step) / speed)}"
             means = np.mean(losses, axis=0).round(4)
-            print(f"step {step}/{args.steps}  loss {means}  {left}", flush=True)
-            losses, printed = [], time.monotonic()
+            print(f"step {step}/{args.steps}  loss {means}  {progress.left(step)}", flush=True)
+            losses, progress.printed = [], time.monotonic()
+        else:
+            progress.show(step)
         score_now = is_last or step % args.eval_every == 0
         if score_now:
             sweep.compare(dev, stop)
@@ -324,7 +330,9 @@ def predict(args, task, upstream, probes, split, stop):
     plan = np.split(order, range(args.batch_size, len(order), args.batch_size))
     per_probe = [[None] * len(order) for _ in probes]
     loader = load_states(upstream, split, plan, args.workers, stop)
-    for indices, (states, frames) in zip(plan, loader):
+    progress = program.Progress(f"scoring {split.name}", len(plan))
+    for number, (indices, (states, frames)) in enumerate(zip(plan, loader), start=1):
+        progress.show(number)
         for probe, hypotheses in zip(probes, per_probe):
             predictions = task.predict(probe.eval()(states, frames), frames)
             for i, prediction in zip(indices, predictions):
@@ -389,7 +397,9 @@ def print_result(args, result):
     if result["noise"]:
         snr = " to ".join(f"{ratio:g}" for ratio in result["noise"]["snr"])
         print(f"test split: mixed with noise of {result['noise']['folder']}, {snr} dB")
-    print(f"{metric} {result[metric.lower()]:.2%}, 95% interval {low:.2%} to {high:.2%}")
+    test = list(result["counts"].values())[-1]  # train, dev, test
+    score = f"{metric} {result[metric.lower()]:.2%} over {test['utterances']:,} utterances"
+    print(f"{score}, 95% interval {low:.2%} to {high:.2%}")
     pairs = zip(result["upstream"]["layers"], result["layer_weights"])
     weights = ", ".join(f"{layer}: {weight:.2f}" for layer, weight in pairs)
     print(f"weights of the states: {weights}")

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import re
@@ -13,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torchaudio
-from conftest import command, environment, flags_of, noise, on_cpu, refused, write_audio
+from conftest import command, environment, flags_of, noise, on_cpu, refused, run, write_audio
 from pytest import approx
 
 import evaluate_pr
 from demo import speech
 from superb import ctc, probe
-from superb.upstream import FilterBanks, Upstream
+from superb.upstream import FilterBanks, Upstream, free_memory
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +124,62 @@ def test_scores_are_the_same_bit_for_bit_wherever_the_states_are(
     assert "computed at every step" in capsys.readouterr().out
     for name in ("files", "neither"):
         assert comparable(tmp_path / name) == comparable(tmp_path / "memory")
+
+
+def test_signal_while_states_are_computed_says_what_is_lost(corpus, tmp_path, capsys, monkeypatch):
+    computed, call = [], Upstream.__call__
+
+    def stop_at_5(*arguments):
+        computed.append(1)
+        if len(computed) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return call(*arguments)
+
+    monkeypatch.setattr(Upstream, "__call__", stop_at_5)
+    with pytest.raises(SystemExit, match="143"):
+        score(corpus, tmp_path)
+    printed = capsys.readouterr().out.splitlines()
+    assert "of 40 utterances, in memory, lost if stopped; --cache DIR stores them" in printed[-2]
+    assert "the 5 states in memory are lost; with --cache DIR" in printed[-1] and len(computed) == 5
+
+
+def test_every_long_loop_prints_lines_with_the_time_left(corpus, tmp_path, capsys, monkeypatch):
+    clock = itertools.count(0, 25.0)  # every look at it takes 25 s
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    score(corpus, tmp_path, steps=4, log_every=4)
+    printed = capsys.readouterr().out
+    for line in ("states: 20 of 40, ", "step: 2 of 4, ", "scoring dev-clean: 1 of 1, "):
+        assert re.search(f"^{line}[0-9]+ (s|min) left$", printed, re.MULTILINE), line
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_free_memory_is_within_the_limits_of_every_cgroup(tmp_path, version):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 99 kB\nMemAvailable: 50 kB\n")
+    lines = ["4:memory:/slurm/job/step\n", "1:cpu:/other\n", "0::/slurm/job/step\n"]
+    (tmp_path / "proc/self/cgroup").write_text("".join(lines))
+    assert free_memory(tmp_path) == 51200
+    names = {1: ("limit_in_bytes", "usage_in_bytes", "total_"), 2: ("max", "current", "")}
+    limit, used, prefix = names[version]
+    root = tmp_path / "sys/fs/cgroup" / ("memory" if version == 1 else "")
+
+    def write(group, values):
+        (root / group).mkdir(parents=True, exist_ok=True)
+        (root / group / f"memory.{limit}").write_text(f"{values[0]}\n")
+        (root / group / f"memory.{used}").write_text(f"{values[1]}\n")
+        cached = f"{prefix}inactive_file 600\n{prefix}active_file 400\n"
+        (root / group / "memory.stat").write_text(f"anon 5\n{cached}")
+
+    write("slurm/job/step", ("max" if version == 2 else 2**63 - 4096, 6000))
+    write("slurm/job", (40000, 31000))  # 1,000 of them are cached files
+    write("slurm", (90000, 32000))
+    write("other", (3000, 2000))
+    assert free_memory(tmp_path) == 10000
+    write(".", (37000, 32000))  # the container's, if it is mounted as the root
+    assert free_memory(tmp_path) == 6000
+    write("slurm", (20000, 32000))
+    assert free_memory(tmp_path) == 0
+    assert free_memory(tmp_path / "nowhere") == 0
 
 
 def test_cached_states_are_reused_and_damaged_files_computed_again(
@@ -290,6 +347,23 @@ def test_noise_is_the_same_for_every_upstream_and_known_by_content(corpus, tmp_p
     assert len({split.noise_key for split in (clean, first, second, other)}) == 4
 
 
+def test_noisy_evaluation_of_finished_probes_scores_them_without_training(
+    corpus, whole, tmp_path, capsys, monkeypatch
+):
+    out, settings = whole
+    write_audio(tmp_path / "noise", [50000])
+    settings = settings | {"noise": tmp_path / "noise", "snr": 0}
+    score(corpus, tmp_path / "trained", **settings)
+    (tmp_path / "copied").mkdir()
+    shutil.copy(out / "last.pt", tmp_path / "copied")
+    capsys.readouterr()
+    score(corpus, tmp_path / "copied", **settings)
+    printed = capsys.readouterr().out
+    assert "from step 12 of 12" in printed and "of 8 utterances, in memory" in printed
+    assert comparable(tmp_path / "copied") == comparable(tmp_path / "trained")
+    assert comparable(tmp_path / "copied") != comparable(out)
+
+
 # ------------------------------------------------------------------ several learning rates
 
 
@@ -390,6 +464,16 @@ def test_bad_input_is_refused_in_one_line(corpus, upstreams, capsys, tmp_path, c
     line = refused(capsys, evaluate_pr, flags(corpus, tmp_path / "out", **change))
     assert all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["evaluate_pr.py", "superb.er"])
+def test_several_processes_are_refused_before_anything_waits(tmp_path, name):
+    torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29999"}
+    start = ["-m", name] if "superb" in name else [name]
+    done = run(*start, "--upstream", "fbank", "--data", "nowhere", cwd=tmp_path, **torchrun)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "an evaluation is one process" in done.stderr
+    assert run(*start, "--help", cwd=tmp_path, **torchrun).returncode == 0
 
 
 def test_missing_upstream_is_one_line(capsys):
