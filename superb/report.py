@@ -1,12 +1,15 @@
 """Results of the evaluations as one Markdown table, with 95% intervals, and as pictures (SVG).
 
 python -m superb.report runs/*/pr runs/*/sid --to results.md --picture scores.svg
+python -m superb.report runs/a/pr runs/b/pr --names runs/a=Average,runs/b=Concatenation
 python -m superb.report --curves loss.svg runs/avg runs/concat runs/none
 """
 
 import html
 import io
 import json
+import math
+import os
 import re
 import warnings
 from dataclasses import dataclass, field
@@ -18,7 +21,7 @@ import checkpoint
 import program
 from superb.probe import bootstrap, mean_and_interval
 
-TASKS = {
+TASKS = {  # columns; those in noise are beside them
     "phoneme recognition": "PR (PER, ↓)",
     "speaker identification": "SID (accuracy, ↑)",
     "emotion recognition": "ER (accuracy, ↑)",
@@ -30,14 +33,14 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 @dataclass(eq=False)
 class Row:
-    """A table row: scores {task: (value, low, high)} of an upstream, or their differences."""
+    """A table row: scores {column: (value, low, high)} of an upstream, or their differences."""
 
     name: str
     group: str = ""
     line_number: int = -1  # in rows.tsv, from 0; -1 if absent
-    results: dict = field(default_factory=dict)  # {task: {seed: content of result.json}}
+    results: dict = field(default_factory=dict)  # {column: {seed: content of result.json}}
     scores: dict = field(default_factory=dict)
-    bold: dict = field(default_factory=dict)  # {task: whether the score is printed bold}
+    bold: dict = field(default_factory=dict)  # {column: whether the score is printed bold}
 
 
 # ------------------------------------------------------------------ results
@@ -57,7 +60,7 @@ def find_row(folder):
 
 
 def read_rows(folders):
-    """Rows, in the order of rows.tsv, of folders ROW/TASK and ROW/seed-N/TASK.
+    """Rows, in the order of rows.tsv, of folders ROW/TASK, ROW/seed-N/TASK, ROW/TASK-noise, ...
 
     One warning names folders without a result. Raises ValueError if no folder has one.
     """
@@ -70,10 +73,10 @@ def read_rows(folders):
         result = checkpoint.read_json(path)
         if result.get("task") not in TASKS or "per_utterance" not in result:
             raise ValueError(f"{path}: not a result of this version; delete it and evaluate again")
-        has_task = folder.name in ("pr", "sid", "er", "asr")
+        has_task = re.fullmatch("(pr|sid|er|asr)(-noise.*)?", folder.name)
         row, seed = find_row(folder.parent if has_task else folder)
         row = rows.setdefault(row.name, row)
-        seeds = row.results.setdefault(TASKS[result["task"]], {})
+        seeds = row.results.setdefault(column_of(result), {})
         if seed in seeds:
             raise ValueError(f"{folder}: a second result of {row.name}, seed {seed}; give one")
         seeds[seed] = result
@@ -87,8 +90,33 @@ def read_rows(folders):
     return sorted(ordered, key=lambda row: (row.group != "", groups.index(row.group)))
 
 
-def tasks_of(rows):
-    return [task for task in TASKS.values() if any(task in row.results for row in rows)]
+def rename(rows, names):
+    """Renames rows. names: {name: new name}. Raises ValueError for other names."""
+    for row in rows:
+        row.name = names.pop(row.name, row.name)
+    if names:
+        there = ", ".join(row.name for row in rows)
+        raise ValueError(f"--names {next(iter(names))}: no such row; there are {there}")
+
+
+def column_of(result):
+    """The name of a result's column, such as "PR (PER, ↓)" or "PR at 0 dB (PER, ↓)"."""
+    column = TASKS[result["task"]]
+    if not result.get("noise"):
+        return column
+    snr = " to ".join(f"{ratio:g}" for ratio in result["noise"]["snr"])
+    return column.replace(" (", f" at {snr} dB (")
+
+
+def columns_of(rows):
+    """The columns in the order of TASKS; within a task clean, then from quiet to loud noise."""
+    tasks = [task.split()[0] for task in TASKS.values()]
+
+    def order(column):
+        snr = re.search(r" at (\S+)", column)
+        return tasks.index(column.split()[0]), -float(snr[1]) if snr else -math.inf, column
+
+    return sorted({column for row in rows for column in row.results}, key=order)
 
 
 # ------------------------------------------------------------------ scores
@@ -104,35 +132,35 @@ def score_rows(rows, against=None):
         names = ", ".join(row.name for row in rows)
         raise ValueError(f"--against {against}: no such row; there are {names}")
     differences = {row.name: Row(row.name, f"difference from {against}") for row in rows}
-    for task in tasks_of(rows):
+    for column in columns_of(rows):
         resampled, test_sets = {}, set()
-        rows_of_task = [row for row in rows if task in row.results]
-        for row in rows_of_task:
-            results = row.results[task].items()
+        rows_of_column = [row for row in rows if column in row.results]
+        for row in rows_of_column:
+            results = row.results[column].items()
             resampled[row] = {seed: bootstrap(result["per_utterance"]) for seed, result in results}
             interval = mean_and_interval(list(resampled[row].values()))
-            row.scores[task] = np.clip(interval, 0, 1 if "↑" in task else None)
+            row.scores[column] = np.clip(interval, 0, 1 if "↑" in column else None)
             test_sets |= {result["test_set"] for _, result in results}
         if len(test_sets) > 1:
             problem = "tested on different utterances or noise; report them separately"
-            raise ValueError(f"{task}: {problem}")
-        best = (max if "↑" in task else min)(row.scores[task][0] for row in rows_of_task)
-        for row in rows_of_task:
-            row.bold[task] = row.scores[task][0] == best
+            raise ValueError(f"{column}: {problem}")
+        best = (max if "↑" in column else min)(row.scores[column][0] for row in rows_of_column)
+        for row in rows_of_column:
+            row.bold[column] = row.scores[column][0] == best
             shared = resampled[row].keys() & resampled.get(base, {}).keys()  # seeds
             if row is not base and shared:
                 paired = [resampled[row][seed] - resampled[base][seed] for seed in sorted(shared)]
                 interval = mean_and_interval(paired)
-                differences[row.name].scores[task] = interval
+                differences[row.name].scores[column] = interval
                 # One seed does not show how much training varies.
                 excludes_0 = interval[1] * interval[2] > 0
-                differences[row.name].bold[task] = excludes_0 and len(shared) > 1
+                differences[row.name].bold[column] = excludes_0 and len(shared) > 1
     return [row for row in differences.values() if row.scores]
 
 
-def describe_sample(rows, task):
+def describe_sample(rows, column):
     """Such as "2,500 utterances, 1 to 3 seeds"."""
-    seeds = [row.results[task] for row in rows if task in row.results]
+    seeds = [row.results[column] for row in rows if column in row.results]
     result = next(iter(seeds[0].values()))
     test = list(result["counts"].values())[-1]  # train, dev, test
     counts = sorted({len(results) for results in seeds})
@@ -142,28 +170,30 @@ def describe_sample(rows, task):
 
 def table(rows, differences):
     """The table in Markdown, in percent: per group the scores, then the differences."""
-    tasks = tasks_of(rows)
-    lines = [["", *tasks], ["---"] * (1 + len(tasks))]
+    columns = columns_of(rows)
+    lines = [["", *columns], ["---"] * (1 + len(columns))]
     for row in rows + differences:
-        heading = [f"*{row.group}*"] + [""] * len(tasks)
+        heading = [f"*{row.group}*"] + [""] * len(columns)
         if row.group and heading not in lines:
             lines.append(heading)
-        cells = dict.fromkeys(tasks, "")
-        for task, interval in row.scores.items():
+        cells = dict.fromkeys(columns, "")
+        for column, interval in row.scores.items():
             value, low, high = 100 * interval
             text = f"{value:+.1f}" if row in differences else f"{value:.1f}"
-            text = f"**{text}**" if row.bold[task] else text
-            cells[task] = f"{text} ({low:.1f} to {high:.1f})"
+            text = f"**{text}**" if row.bold[column] else text
+            cells[column] = f"{text} ({low:.1f} to {high:.1f})"
         lines.append([row.name, *cells.values()])
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = ""
     for line in lines:
         entries = [entry.ljust(width) for entry, width in zip(line, widths)]
         text += f"| {' | '.join(entries)} |\n"
-    samples = "; ".join(f"{task.split()[0]} {describe_sample(rows, task)}" for task in tasks)
+    short = [column.split(" (")[0] for column in columns]
+    samples = [f"{name} {describe_sample(rows, column)}" for name, column in zip(short, columns)]
+    samples = "; ".join(samples)
     over = "utterances and seeds" if "seeds" in samples else "utterances"
     text += f"\nIn percent, with 95% intervals over {over}. Test sets: {samples}. "
-    text += "Bold: the best of a task"
+    text += "Bold: the best of a column"
     if differences:
         text += "; differences of two or more seeds whose interval excludes 0, not corrected for "
         text += "the number of comparisons. Differences are over the seeds that both rows have"
@@ -174,19 +204,20 @@ def table(rows, differences):
 
 
 def new_figure(count, width, height, title):
-    """(pyplot, figure, panels) on a white ground. Raises ValueError if matplotlib is missing."""
+    """(figure, panels) on a white ground. Raises ValueError if matplotlib is missing."""
+    os.environ.pop("MPLBACKEND", None)  # pictures in files need none; a missing one is an error
     try:
-        import matplotlib.pyplot as plt
+        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("pictures need matplotlib: pip install matplotlib") from None
-    plt.switch_backend("agg")
     settings = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9}
     settings |= {"axes.titlesize": 9, "axes.edgecolor": LIGHT_GREY, "grid.color": LIGHT_GREY}
-    plt.rcParams.update(settings | {"axes.spines.top": False, "axes.spines.right": False})
-    shape = {"sharey": True, "squeeze": False, "figsize": (width, height)}
-    figure, panels = plt.subplots(1, count, layout="constrained", **shape)
+    settings |= {"axes.spines.top": False, "axes.spines.right": False}
+    matplotlib.rcParams.update(settings)
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontweight="bold")
-    return plt, figure, panels[0]
+    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
 
 
 def save_picture(figure, path, label):
@@ -197,20 +228,20 @@ def save_picture(figure, path, label):
     checkpoint.save(path, svg.getvalue().replace("<svg ", root, 1))
 
 
-def draw_rows(rows, path, title, note, width, plot):
-    """A panel per task, in which plot(panel, row, task, y) draws each row."""
-    labels, tasks = [], tasks_of(rows)
+def draw_rows(rows, columns, path, title, note, width, plot):
+    """A panel per column, in which plot(panel, row, column, y) draws each row."""
+    labels = []
     for row in rows:
         if row.group and row.group not in labels:
             labels.append(row.group)
         labels.append(row.name)
-    size = (2 + width * len(tasks), 1.6 + 0.22 * len(labels))
-    _, figure, panels = new_figure(len(tasks), *size, title)
-    for panel, task in zip(panels, tasks):
-        for row in [row for row in rows if task in row.results]:
-            plot(panel, row, task, labels.index(row.name))
-        sample = describe_sample(rows, task).replace(", ", "\n")
-        panel.set_title(f"{task}\n{sample}")
+    size = (2 + width * len(columns), 1.6 + 0.22 * len(labels))
+    figure, panels = new_figure(len(columns), *size, title)
+    for panel, column in zip(panels, columns):
+        for row in [row for row in rows if column in row.results]:
+            plot(panel, row, column, labels.index(row.name))
+        sample = describe_sample(rows, column).replace(", ", "\n")
+        panel.set_title(f"{column}\n{sample}")
         panel.set_ylim(len(labels) - 0.4, -0.6)
         panel.spines["left"].set_visible(False)
         panel.tick_params(left=False)
@@ -219,52 +250,57 @@ def draw_rows(rows, path, title, note, width, plot):
         if text.get_text() in [row.group for row in rows]:
             text.set_fontweight("bold")
     figure.supxlabel(note, fontsize=8)
-    save_picture(figure, path, f"{title}; {', '.join(tasks)}; {', '.join(labels)}.")
+    save_picture(figure, path, f"{title}; {', '.join(columns)}; {', '.join(labels)}.")
 
 
 def draw_scores(rows, path):
-    """Per row and task a dot at the score, on a line over the interval."""
+    """Per row and column a dot at the score, on a line over the interval."""
 
-    def plot(panel, row, task, y):
-        value, low, high = 100 * row.scores[task]
-        face = BLUE if row.bold[task] else "white"
+    def plot(panel, row, column, y):
+        value, low, high = 100 * row.scores[column]
+        face = BLUE if row.bold[column] else "white"
         panel.plot([low, high], [y, y], color=BLUE)
         panel.plot(value, y, "o", color=BLUE, markerfacecolor=face, markersize=5)
         panel.grid(axis="x", linewidth=0.6)
 
-    note = "Dot: mean over seeds, in percent. Line: 95% interval. Filled dot: best of the task."
-    draw_rows(rows, path, "Scores of frozen upstreams", note, 2, plot)
+    note = "Dot: mean over seeds, in percent. Line: 95% interval. Filled dot: the best."
+    draw_rows(rows, columns_of(rows), path, "Scores of frozen upstreams", note, 2, plot)
 
 
 def draw_layers(rows, path):
-    """Per row and task the learned weight of every hidden state; not of rows with one state."""
+    """Per row and task the learned weight of every hidden state; not of rows with one state.
 
-    def weights(row, task):
-        results = list(row.results[task].values())
+    Noise is in the test split alone: it does not change the weights.
+    """
+
+    def weights(row, column):
+        results = list(row.results[column].values())
         means = np.mean([result["layer_weights"] for result in results], axis=0)
         return dict(zip(results[0]["upstream"]["layers"], means))
 
-    def plot(panel, row, task, y):
-        for state, weight in weights(row, task).items():
+    def plot(panel, row, column, y):
+        for state, weight in weights(row, column).items():
             panel.barh(y, 1, left=state - 0.5, height=1, color=BLUE, alpha=weight)
             panel.text(state, y, f"{100 * weight:.0f}", ha="center", va="center", fontsize=6)
         panel.set_xlim(-0.5, last + 0.5)
         panel.set_xticks(range(0, last + 1, 1 if last < 8 else 4))
 
-    rows = [row for row in rows if any(len(weights(row, task)) > 1 for task in row.results)]
+    rows = [row for row in rows if any(len(weights(row, column)) > 1 for column in row.results)]
     if not rows:
         warnings.warn(f"{path}: not drawn, no row has more than one hidden state")
         return
-    last = max(max(weights(row, task)) for row in rows for task in row.results)
+    columns = columns_of(rows)
+    columns = [column for column in columns if " dB " not in column] or columns
+    last = max(max(weights(row, column)) for row in rows for column in row.results)
     note = "Mean weight of each hidden state in percent. State 0 is the input of layer 1."
     title = "Learned weights of the hidden states"
-    draw_rows(rows, path, title, note, max(1.8, 0.6 + 0.2 * last), plot)
+    draw_rows(rows, columns, path, title, note, max(1.8, 0.6 + 0.2 * last), plot)
 
 
 def draw_curves(folders, path):
     """A panel per run of train.py: the loss of each head; colours are layers, styles teachers."""
     title, names, colours, styles = "Distillation loss per layer", [], {}, {}
-    plt, figure, panels = new_figure(len(folders), 1 + 2.4 * len(folders), 3.2, title)
+    figure, panels = new_figure(len(folders), 1 + 2.4 * len(folders), 3.2, title)
     for folder, panel in zip(map(Path, folders), panels):
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
         lines = [json.loads(line) for line in lines if line.endswith("}")]
@@ -286,8 +322,10 @@ def draw_curves(folders, path):
         panel.set_xlabel("step")
         panel.grid(linewidth=0.6)
     panels[0].set_ylabel("loss of a head (L1 + cosine)")
-    keys = [plt.Line2D([], [], color=colour) for colour in colours.values()]
-    keys += [plt.Line2D([], [], color="black", linestyle=style) for style in styles.values()]
+    from matplotlib.lines import Line2D  # only here, since matplotlib may be missing
+
+    keys = [Line2D([], [], color=colour) for colour in colours.values()]
+    keys += [Line2D([], [], color="black", linestyle=style) for style in styles.values()]
     labels = [layer.replace("layer", "layer ") for layer in colours] + list(styles)
     figure.legend(keys, labels, loc="outside lower center", ncols=6, frameon=False)
     save_picture(figure, path, f"{title}: {', '.join(names)}.")
@@ -298,6 +336,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("folders", nargs="*", metavar="FOLDER", help="of an evaluation: ROW/TASK, ROW/seed-N/TASK")
     add("--against", metavar="ROW", help="also show the paired differences from this row")
+    add("--names", type=program.names, default=[], help="names of rows: runs/a=Average,runs/b=...")
     add("--to", metavar="FILE.md", help="write the table to this file too")
     add("--picture", metavar="FILE.svg", help="draw the scores")
     add("--layers", metavar="FILE.svg", help="draw the learned weights of the hidden states")
@@ -309,6 +348,7 @@ def main(arguments=None):
             raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
         if args.folders:
             rows = read_rows(args.folders)
+            rename(rows, dict(pair.rpartition("=")[::2] for pair in args.names))
             text = table(rows, score_rows(rows, args.against))
             print(text, end="", flush=True)
             if args.to:

@@ -25,7 +25,8 @@ NAMES=${NAMES-HuBERT,RobustHuBERT,WavLM}  # of the teachers, in table and pictur
 HEADS=${HEADS-4,8,12}                     # layers of every teacher; avg-one-head: the last alone
 STEPS=${STEPS-200000}                     # of distillation
 SEEDS=${SEEDS-0}
-TASKS=${TASKS-pr sid er asr}
+TASKS=${TASKS-pr sid er asr}              # pr-noise, ...: tested in noise, in a column of its own
+NOISE=${NOISE-} SNR=${SNR-5}              # of pr-noise, ...: a folder of noise, and dB or low,high
 PAIRS=${PAIRS-yes}                        # students of two teachers; empty for none
 ROWS=${ROWS-}                             # folders of the rows to run; empty for all
 RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}   # learning rates of the probes
@@ -45,7 +46,9 @@ stop() {  # the running program saves its state
     wait
     exit "$1"
 }
+trap 'stop 129' HUP
 trap 'stop 130' INT
+trap 'stop 138' USR1
 trap 'stop 143' TERM
 
 show() {  # prints a command, for a shell in this folder
@@ -65,22 +68,28 @@ part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NA
     "${@:2}" 2>&1 | (trap '' HUP INT PIPE; exec tee -a "$log") &
     wait $! && echo "$name: $((SECONDS - start)) s" && return    # pipefail: the code of COMMAND
     code=$?
-    ((code == 130 || code == 143)) && exit $code    # Ctrl-C, SIGTERM
+    [[ $code =~ ^(129|130|138|143)$ ]] && exit $code    # a signal, as above
     failed+=("$name")
     echo "$name failed: $(tail -n 1 "$log") ($log)" >&2
     return 1
 }
 
 evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
-    local program=(-m "superb.$1") data=(--data "$DATA") more=${1^^}
-    case $1 in
+    local task=${1%-noise} folder=$OUT/$2
+    local program=(-m "superb.$task") data=(--data "$DATA") more=${task^^} clean=${folder%-noise}
+    case $task in
         pr) program=("${here}evaluate_pr.py") data+=(--lexicon "$LEXICON") ;;
         sid) data=(--data "$VOXCELEB") ;;
         er) data=(--data "$IEMOCAP") ;;
     esac
     [[ ${data[1]} == *.csv ]] && data[0]=--manifest
+    if [ "$task" != "$1" ]; then
+        data+=(--noise "$NOISE" --snr "$SNR")
+        # The probes are the same: noise is in the test split alone.
+        [[ -e $clean/last.pt && ! -e $folder ]] && mkdir "$folder" && cp "$clean/last.pt" "$folder"
+    fi
     # ${!more}: $PR, $SID ...
-    part "$2" python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:3}"
+    part "$2" python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:3}" --out "$folder"
 }
 
 table() {  # table FLAGS...: prints the table of all results
@@ -107,7 +116,7 @@ row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train T
         fi
         for task in $TASKS; do
             evaluate "$task" "$row/seed-$seed/$task" --upstream "$upstream" --seed "$seed" \
-                --out "$folder/$task" ${CACHE:+--cache "$scratch"}
+                ${CACHE:+--cache "$scratch"}
         done
     done
     [[ -z $CACHE || ${#failed[@]} -gt $failed_before ]] || rm -rf "$scratch"
@@ -123,6 +132,10 @@ numbers=(no one two three four five)
 n=${#paths[@]} count=${numbers[n]-$n}
 if ((${#names[@]} != n)); then
     echo "reproduce.sh: NAMES must have one name per teacher of TEACHERS" >&2
+    exit 2
+fi
+if [[ $TASKS == *-noise* && ! -d $NOISE ]]; then
+    echo "reproduce.sh: NOISE=$NOISE: no such folder; tasks in noise need one" >&2
     exit 2
 fi
 row fbank baselines "filter banks" upstream fbank

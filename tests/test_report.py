@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torchaudio
-from conftest import on_cpu, refused
+from conftest import on_cpu, refused, run
 
 from superb import probe, report
 
@@ -103,6 +103,44 @@ def test_the_table_has_groups_and_marks_the_best_and_clear_differences(results, 
         assert "difference from" in printed and "**+" not in printed
 
 
+def test_scores_in_noise_have_columns_of_their_own(results, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    babble = {"noise": {"folder": "babble", "snr": [0]}, "test_set": "babble at 0"}
+    loud = {"noise": {"folder": "babble", "snr": [-5, 0]}, "test_set": "babble at -5 to 0"}
+    pairs = [(["a", "b"], ["a", "c"])] * 20
+    for row in ("all", "bank"):
+        folder = tmp_path / row / "seed-0"
+        results.append(write_result(folder / "pr-noise", pairs, **babble))
+        results.append(write_result(folder / "pr-noise-loud", pairs, **loud))
+    picture, layers = tmp_path / "scores.svg", tmp_path / "layers.svg"
+    pictures = ["--picture", picture, "--layers", layers]
+    on_cpu(report, [*results, "--against", "filter banks", *pictures])
+    lines = capsys.readouterr().out.splitlines()
+    columns = [cell.strip() for cell in lines[0].split("|")[2:-1]]
+    names = ["PR (PER, ↓)", "PR at 0 dB (PER, ↓)", "PR at -5 to 0 dB (PER, ↓)", "SID (accuracy, ↑)"]
+    assert columns == names
+    assert lines[3].split("|")[3].strip() == "**50.0** (50.0 to 50.0)"
+    assert lines[7].split("|")[3].strip() == "+0.0 (0.0 to 0.0)"
+    assert "PR at 0 dB 20 utterances, 1 seed; " in lines[-1]
+    assert ">PR at 0 dB (PER, ↓)<" in picture.read_text()
+    assert " dB " not in layers.read_text()  # the weights are those of the clean column
+    other = {"noise": {"folder": "cars", "snr": [0]}, "test_set": "cars at 0"}
+    folder = write_result(tmp_path / "other/seed-0/pr-noise", pairs, **other)
+    line = refused(capsys, report, [*results, folder])
+    assert "PR at 0 dB" in line and "different utterances or noise" in line
+
+
+def test_rows_can_be_named_by_a_flag(results, tmp_path, capsys):
+    pairs = [(["ann"], ["ann"])] * 20
+    results.append(write_result(tmp_path / "loose/sid", pairs, task=1))
+    names = f"{tmp_path}/loose=Another,filter banks=Mel"
+    on_cpu(report, [*results, "--names", names, "--against", "Mel"])
+    printed = capsys.readouterr().out
+    assert "| Another " in printed and "difference from Mel" in printed
+    for names in ("nobody=Another", "filter banks"):
+        assert "no such row; there are" in refused(capsys, report, [*results, "--names", names])
+
+
 def test_rows_of_two_tables_share_their_groups(results, tmp_path):
     (tmp_path / "more/rows.tsv").parent.mkdir()
     (tmp_path / "more/rows.tsv").write_text("z\tteachers\tz\nx\tbaselines\tfilter y\n")
@@ -146,9 +184,17 @@ def test_pictures_say_rows_samples_and_seeds_on_a_white_ground(results, tmp_path
         words = ["students of three teachers", "average of three", "20 utterances", "1 seed"]
         assert all(f">{word}<" in text for word in words)
         assert '<svg role="img" aria-label="' in text and "prefers-color-scheme" not in text
-    assert "Filled dot: best of the task" in scores.read_text()
+    assert "Filled dot: the best." in scores.read_text()
     assert ">filter banks<" in scores.read_text() and ">filter banks<" not in layers.read_text()
     assert ">75<" in layers.read_text()  # percent, of state 2
+
+
+def test_pictures_need_no_backend(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    backend = "module://matplotlib_inline.backend_inline"
+    arguments = ["-m", "superb.report", *results, "--picture", "p.svg"]
+    done = run(*arguments, cwd=tmp_path, MPLBACKEND=backend)
+    assert done.returncode == 0 and (tmp_path / "p.svg").exists(), done.stderr
 
 
 def test_curves_have_a_panel_per_run_and_name_layers_and_teachers(tmp_path):

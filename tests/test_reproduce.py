@@ -43,6 +43,7 @@ def test_what_it_cannot_run_is_one_line(tmp_path):
     for flags, settings, words in (
         (["--demo"], {}, "--demo"),
         ([], {"NAMES": "A"}, "one name per"),
+        ([], {"TASKS": "pr-noise", "NOISE": "nowhere"}, "NOISE=nowhere: no such folder"),
     ):
         done = reproduce(tmp_path, *flags, **settings)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
@@ -91,13 +92,17 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
 
 
 def test_commands_and_their_output_are_printed_and_the_commands_can_be_copied(corpus, tmp_path):
-    settings = {"DATA": str(corpus), "LEXICON": f"{corpus}/lexicon.txt", "TASKS": "pr"}
+    settings = {"DATA": str(corpus), "LEXICON": f"{corpus}/lexicon.txt"}
     settings |= {"ROWS": "fbank", "OUT": "an out", "RATES": "1e-2", "PR": "--steps 2 --workers 0"}
+    settings |= {"TASKS": "pr pr-noise", "NOISE": f"{corpus}/dev-clean", "SNR": "0"}
     done = reproduce(tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     log = (tmp_path / "an out/logs/fbank.seed-0.pr.log").read_text()
     assert "step 2/2" in log and log in done.stdout
     assert done.stdout.count("| filter banks") == 1 and (tmp_path / "an out/results.md").exists()
+    assert "| PR at 0 dB (PER, ↓)" in done.stdout
+    noisy = (tmp_path / "an out/logs/fbank.seed-0.pr-noise.log").read_text()
+    assert "from step 2 of 2" in noisy  # with the probes of pr
     (line,) = [line for line in log.splitlines() if "evaluate_pr.py" in line]
     assert "--lr 1e-2 --steps 2 --workers 0 --upstream fbank" in line
     shutil.rmtree(tmp_path / "an out")
