@@ -156,6 +156,43 @@ def test_a_killed_rank_ends_the_job_or_restarts_it_bit_for_bit(job, restarts):
     assert_same_run(state(out), state(job / "ranks"))
 
 
+def test_ranks_whose_torchrun_is_killed_save_their_step_and_end(job, tmp_path):
+    settings = {"steps": 100_000, "workers": 1, "save_every": 100_000, "log_every": 1}
+    process = start(job, *flags(job, tmp_path / "out", **settings), processes=2)
+    wait_for(process, "step 3/100000")
+    process.kill()
+    printed, _ = process.communicate(timeout=30)  # until no rank holds the pipes
+    assert "is saved, the same command resumes" in printed
+    assert state(tmp_path / "out")["step"] == metrics(tmp_path / "out")[-1]["step"] >= 3
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+import program, train, aggregate, cache
+average = aggregate.average
+def slow(states):
+    time.sleep(0.5)
+    return average(states)
+aggregate.AGGREGATIONS["avg"] = slow
+cache.SIGNAL_EVERY = 2
+program.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_one_rank_or_torchruns_death_ends_the_filling_of_a_cache(job, tmp_path, number):
+    program, settings = tmp_path / "program.py", {"cache": tmp_path / "cache"}
+    program.write_text(SLOW.format(root=str(ROOT)))
+    process = start(job, *flags(job, tmp_path / "out", **settings), processes=2, program=program)
+    wait_for(process, "of targets")
+    rank = train_processes(process.pid)[1]
+    os.kill(process.pid if number == signal.SIGKILL else rank, number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode != 0 and 'program.py", line' not in errors
+    assert len(list((tmp_path / "cache").rglob("*.pt"))) <= 8  # of 30
+
+
 BROKEN = """
 import sys
 sys.path.insert(0, {root!r})
