@@ -224,8 +224,9 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
 
 def ignore_signals(worker):
     """For workers: signals reach them too, but the main process needs them to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # as program.SIGNALS
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def check_shared_memory(batch_bytes, workers):
