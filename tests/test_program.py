@@ -31,7 +31,9 @@ def run_code(code, processes=None, shell="", **variables):
 # ------------------------------------------------------------------ ranks
 
 
-@pytest.mark.parametrize("arguments", [["train.py", "--help"], ["evaluate_pr.py"]])
+@pytest.mark.parametrize(
+    "arguments", [["train.py", "--help"], ["evaluate_pr.py", "--upstream", "fbank"]]
+)
 def test_flags_are_read_before_other_ranks_are_waited_for(tmp_path, arguments):
     done = run(*arguments, cwd=tmp_path, **LEFT_OVER)
     assert "usage" in done.stdout or "one process" in done.stderr
