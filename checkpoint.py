@@ -22,7 +22,7 @@ locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
 def save(path, content, keep_previous=False):
-    """Writes a text, or what torch.save takes; the file gets its name only once it is complete.
+    """Writes a text, bytes, or what torch.save takes; the file gets its name only once it is complete.
 
     keep_previous: for checkpoints, which survive a power cut too: the file that had the name
         before becomes PATH.old. Raises OSError.
@@ -31,7 +31,9 @@ def save(path, content, keep_previous=False):
     try:
         with open(partial, "wb") as file:
             if isinstance(content, str):
-                file.write(content.encode("utf-8", "surrogateescape"))
+                content = content.encode("utf-8", "surrogateescape")
+            if isinstance(content, bytes):
+                file.write(content)
             else:
                 torch.save(content, file)
             if keep_previous:

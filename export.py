@@ -144,7 +144,22 @@ def write_transformers(student, folder, about=None):
     checkpoint.save(f"{folder}/config.json", json.dumps(config, indent=2))
     checkpoint.save(f"{folder}/preprocessor_config.json", json.dumps(preprocessor, indent=2))
     checkpoint.save(f"{folder}/README.md", model_card(student, name, about or {}))
-    checkpoint.save(f"{folder}/pytorch_model.bin", weights)
+    checkpoint.save(f"{folder}/model.safetensors", safetensors(weights))
+
+
+def safetensors(weights):
+    """The bytes of a .safetensors file of float32 tensors, for teachers.read_safetensors.
+
+    Source: github.com/huggingface/safetensors, "Format".
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, weight in weights.items():
+        start, end = end, end + 4 * weight.numel()
+        header[name] = {"dtype": "F32", "shape": list(weight.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    content = [weight.contiguous().numpy().tobytes() for weight in weights.values()]
+    return len(text).to_bytes(8, "little") + text + b"".join(content)
 
 
 def model_card(student, name, about):

@@ -91,7 +91,7 @@ def show_warning(message, *_):
 
 
 def join():
-    """Joins the other ranks, if there are any, within 10 minutes; later operations wait a day."""
+    """Joins the other ranks, if there are any. Ends in one line after 10 minutes without them."""
     if WORLD_SIZE == 1:
         return
     env = os.environ
@@ -113,12 +113,11 @@ def join():
             ranks = [f"rank {rank}" for rank in range(WORLD_SIZE)]
             wait_until(lambda: store.check(ranks), f"{host}:{port}")
             backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
+            # Later operations wait a day, for a slow scan of audio; torchrun detects dead ranks.
             group = {"world_size": WORLD_SIZE, "rank": RANK, "store": store}
-            dist.init_process_group(backend, timeout=limit, **group)
+            dist.init_process_group(backend, timeout=datetime.timedelta(days=1), **group)
         except RuntimeError as error:
             raise ValueError(f"{host}:{port}: {str(error)[:80]}; {ALONE}") from None
-    # For a slow scan of the audio; torchrun detects dead ranks.
-    dist.distributed_c10d._set_pg_timeout(datetime.timedelta(days=1))
 
 
 def wait_until(condition, address):

@@ -16,7 +16,7 @@ TEACHERS = {  # chosen by the scores of the teachers themselves, before any stud
     "hubert": {
         "format": "fairseq",
         "steps": 2000,  # the most, in quiet speech alone: the lowest PER of the three
-        "lr": 2e-3,
+        "lr": 2e-3,  # from random weights
         "voice_groups": 2,  # deep and high voices: states about phonemes, hardly about speakers
         "decibels": (15, 35),  # hardly any noise, as in audio books
         "mixed": 0.0,  # one speaker at a time
@@ -31,8 +31,8 @@ TEACHERS = {  # chosen by the scores of the teachers themselves, before any stud
     },
     "wavlm": {
         "format": "microsoft",
-        "steps": 1600,  # a seed of its own: states unrelated to HuBERT's, as with the official ones
-        "lr": 2e-3,
+        "steps": 1600,  # enough to be the best at speakers
+        "lr": 2e-3,  # from random weights too
         "voice_groups": 12,  # two voices per group: states about speakers, at the cost of phonemes
         "decibels": (15, 35),  # as HuBERT
         "mixed": 0.5,  # of the crops have a second speaker, as in arXiv:2110.13900
@@ -62,6 +62,7 @@ def train_teachers(folder, seed=0, teachers=TEACHERS, utterances=1200):
     os.makedirs(folder, exist_ok=True)
     hubert = None
     for name, settings in teachers.items():
+        # WavLM from other weights: states unrelated to HuBERT's, as those of the official ones.
         torch.manual_seed(seed + (name == "wavlm"))
         config = EncoderConfig(
             CONVOLUTIONS,
