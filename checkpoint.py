@@ -22,7 +22,7 @@ locks = {}  # folder: FileLock; without a reference a lock would be released
 
 
 def save(path, content, keep_previous=False):
-    """Writes a text, bytes, or what torch.save takes; the file gets its name only once it is complete.
+    """Writes text, bytes, or what torch.save takes; the file gets its name once it is complete.
 
     keep_previous: for checkpoints, which survive a power cut too: the file that had the name
         before becomes PATH.old. Raises OSError.
