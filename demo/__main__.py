@@ -29,13 +29,12 @@ SETTINGS = {  # variables of superb/reproduce.sh
     "STEPS": "1500",
     # From random weights: the first layers of the demo's teachers alone would solve its tasks.
     "TRAIN": "--splits train-clean-100 --init none --batch-size 16 --lr 2e-3 --max-seconds 1.6 "
-    "--valid dev-clean --valid-every 500",
+    f"--valid dev-clean --valid-every 500 --cache {OUT}/targets",
     "RATES": "1e-2,3e-3",
     "PR": PROBE,
     "SID": PROBE,
     "ER": PROBE,
     "OUT": OUT,
-    "CACHE": f"{OUT}/cache",
 }
 # The average's student first: it may be enough.
 DEFAULT_ROWS = [["fbank", "untrained", "avg"], ["hubert", "wavlm"]]
