@@ -24,7 +24,7 @@ from superb.ctc import (
 from superb.upstream import Upstream
 
 LEXICON = "data/librispeech-lexicon.txt"
-# Of integers 1 alone, since X-SAMPA has phones such as 2 and 9.
+# 1 is the only integer, since X-SAMPA has phones such as 2 and 9.
 PROBABILITY = re.compile(r"1|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+(\.|e-?[0-9]+)")
 
 

@@ -142,7 +142,7 @@ class Sweep:
         self.curves = {f"{lr:g}": [] for lr in args.lr}
         saved = checkpoint.load_latest(args.out, CONTENT)
         if saved:
-            # Noise is in the test split alone.
+            # Noise is only in the test split.
             training = {name: value for name, value in identity.items() if name != "noise"}
             checkpoint.check_same(args.out, saved["identity"], training)
             self.step, seconds, self.best = saved["step"], saved["seconds"], saved["best"]
@@ -244,8 +244,7 @@ def identify(args, task, upstream, splits):
     files = [os.path.realpath(split.path(i)) for split in splits for i in range(len(split.ids))]
     file, times = collections.Counter(files).most_common(1)[0]
     if times > 1:
-        names = ", ".join(split.name for split in splits)
-        raise ValueError(f"{file}: used twice in {names}")
+        raise ValueError(f"{file}: used twice in {', '.join(split.name for split in splits)}")
     names = [name for name in vars(args) if name not in MAY_CHANGE]
     identity = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
     identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
@@ -370,9 +369,9 @@ def mean_and_interval(seeds):
     """(3,): the mean over seeds, and the ends of its 95% interval.
 
     seeds: per seed, the bootstrap() of a result, or the difference of two.
-    The spread over utterances is that of the resamples; seeds are too few to resample, so theirs
-    is by Student's t; both are added in quadrature. Noise that depends on utterance and seed is
-    in both, which makes the interval too wide. With one seed it is over utterances alone.
+    The spread over utterances is that of the resamples. Seeds are too few to resample: the spread
+    over them is by Student's t. Both are added in quadrature. Noise that depends on utterance and
+    seed is in both, which makes the interval too wide. One seed shows only the utterances' spread.
     """
     scores = np.mean(seeds, axis=0)
     offsets = np.percentile(scores, [2.5, 97.5]) - scores[0]

@@ -21,7 +21,7 @@ import checkpoint
 import program
 from superb.probe import bootstrap, mean_and_interval
 
-TASKS = {  # columns; those in noise are beside them
+TASKS = {  # {task: column}
     "phoneme recognition": "PR (PER, ↓)",
     "speaker identification": "SID (accuracy, ↑)",
     "emotion recognition": "ER (accuracy, ↑)",
@@ -270,7 +270,7 @@ def draw_scores(rows, path):
 def draw_layers(rows, path):
     """Per row and task the learned weight of every hidden state; not of rows with one state.
 
-    Noise is in the test split alone: it does not change the weights.
+    Columns in noise have the same weights, since noise is only in the test split.
     """
 
     def weights(row, column):

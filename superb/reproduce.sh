@@ -63,8 +63,8 @@ show() {  # prints a command, for a shell in this folder
 part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NAME.log too
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
     show "${@:2}" | tee -a "$log"
-    # In the background, so that bash handles signals meanwhile; COMMAND alone receives them. The
-    # log goes on if the terminal is closed.
+    # In the background, so that bash handles signals meanwhile; only COMMAND receives them. tee
+    # writes the log even if the terminal is closed.
     "${@:2}" 2>&1 | (trap '' HUP INT PIPE; exec tee -a "$log") &
     wait $! && echo "$name: $((SECONDS - start)) s" && return    # pipefail: the code of COMMAND
     code=$?
@@ -85,7 +85,7 @@ evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
     [[ ${data[1]} == *.csv ]] && data[0]=--manifest
     if [ "$task" != "$1" ]; then
         data+=(--noise "$NOISE" --snr "$SNR")
-        # The probes are the same: noise is in the test split alone.
+        # The probes are the same: noise is only in the test split.
         [[ -e $clean/last.pt && ! -e $folder ]] && mkdir "$folder" && cp "$clean/last.pt" "$folder"
     fi
     # ${!more}: $PR, $SID ...

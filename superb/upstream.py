@@ -204,16 +204,17 @@ CGROUPS = {  # controllers, as in /proc/self/cgroup: folder, files of limit and 
 
 
 def free_memory(root="/"):
-    """Bytes of memory that are available within the limits of containers and jobs, or 0.
+    """Bytes of memory that are available within the limits of containers and jobs.
 
-    Those are the limits of this process's cgroup and of all around it, less what is used there,
-    without cached files. root: of proc/ and sys/. 0 if there is no proc/.
+    A limit is that of this process's cgroup or of one that contains it. Memory used there counts,
+    except for cached files. root: folder of proc/ and sys/. Returns 0 if there is no proc/.
     """
     root = Path(root)
     if not (root / "proc/meminfo").exists():
         return 0
     free = 1024 * read_numbers(root / "proc/meminfo")["MemAvailable"]
-    for line in (root / "proc/self/cgroup").read_text().splitlines():
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else []:
         _, controllers, path = line.split(":", 2)
         if controllers not in CGROUPS:
             continue

@@ -65,7 +65,12 @@ def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tm
 
 
 @pytest.mark.parametrize(
-    "number, part", [(signal.SIGTERM, "avg/seed-0"), (signal.SIGINT, "fbank/seed-0/pr")]
+    "number, part",
+    [
+        (signal.SIGTERM, "avg/seed-0"),
+        (signal.SIGHUP, "avg/seed-0"),
+        (signal.SIGINT, "fbank/seed-0/pr"),
+    ],
 )
 def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
     corpus, tmp_path, number, part
@@ -80,7 +85,10 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
     try:
         while process.poll() is None and not (log.exists() and "step 2/" in log.read_text()):
             time.sleep(0.1)
-        process.send_signal(number)
+        if number == signal.SIGINT:  # a terminal sends it to every process
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
         _, errors = process.communicate(timeout=60)
     finally:
         with contextlib.suppress(ProcessLookupError):
