@@ -63,7 +63,7 @@ def run(program):
     if hasattr(sys, "ps1"):  # an interactive session goes on, as after Jupyter's %run
         StopSignal.number = 0
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
         sys.exit(code)
     os._exit(code)  # workers may wait for a disk or for this process
 
@@ -94,10 +94,9 @@ def join():
     """Joins the other ranks, if there are any. Ends in one line after 10 minutes without them."""
     if WORLD_SIZE == 1:
         return
-    env = os.environ
-    host, port = env.get("MASTER_ADDR", "localhost"), env.get("MASTER_PORT", "29500")
-    has_agent = env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # the store is torchrun's
-    has_store = RANK == 0 and not has_agent
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), os.environ.get("MASTER_PORT", "29500")
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    has_store = RANK == 0 and not by_torchrun
     limit = datetime.timedelta(seconds=JOIN_LIMIT)
     with one_line_errors():
         try:
@@ -105,19 +104,34 @@ def join():
                 wait_until(lambda: is_reachable(host, port), f"{host}:{port}")
             more = {"is_master": has_store, "timeout": limit, "wait_for_workers": False}
             store = dist.TCPStore("localhost" if has_store else host, int(port), **more)
-            if has_agent and env["GROUP_WORLD_SIZE"] == "1":
-                # After --max-restarts, torchrun's store still holds the addresses of the dead
-                # ranks (pytorch issue 135712), so every start has a prefix.
-                store = dist.PrefixStore(f"start-{env['TORCHELASTIC_RESTART_COUNT']}", store)
-            store.set(f"rank {RANK}", "")
-            ranks = [f"rank {rank}" for rank in range(WORLD_SIZE)]
-            wait_until(lambda: store.check(ranks), f"{host}:{port}")
+            nonce = os.urandom(8).hex()
+            wait_until(lambda: agree(store, nonce), f"{host}:{port}")
+            store = dist.PrefixStore(agree(store, nonce), store)
             backend = "cpu:gloo,cuda:nccl" if enough_gpus() else "gloo"
             # Later operations wait a day, for a slow scan of audio; torchrun detects dead ranks.
             group = {"world_size": WORLD_SIZE, "rank": RANK, "store": store}
             dist.init_process_group(backend, timeout=datetime.timedelta(days=1), **group)
         except RuntimeError as error:
             raise ValueError(f"{host}:{port}: {str(error)[:80]}; {ALONE}") from None
+
+
+def agree(store, nonce):
+    """The nonce of rank 0 as a name for this start, once all ranks have read it; until then None.
+
+    After --max-restarts, torchrun's store still holds the addresses of the dead ranks (pytorch
+    issue 135712), and what else they wrote. nonce: of this process.
+    """
+    store.set(f"nonce of {RANK}", nonce)
+    if RANK == 0:
+        keys = [f"nonce of {rank}" for rank in range(WORLD_SIZE)]
+        nonces = [store.get(key).decode() for key in keys if store.check([key])]
+        store.set("nonces", " ".join(nonces))
+    nonces = store.get("nonces").decode().split() if store.check(["nonces"]) else []
+    if nonce not in nonces:  # a list of dead ranks, or too early a list
+        return None
+    store.set(f"{nonces[0]} {RANK}", "")
+    everyone = [f"{nonces[0]} {rank}" for rank in range(WORLD_SIZE)]
+    return nonces[0] if store.check(everyone) else None
 
 
 def wait_until(condition, address):

@@ -76,6 +76,32 @@ def test_the_newest_undamaged_checkpoint_is_found(tmp_path):
         checkpoint.load_latest(tmp_path, ["step"])
 
 
+def test_a_damaged_checkpoint_never_replaces_an_undamaged_one(tmp_path):
+    path = tmp_path / "last.pt"
+    for step in (4, 6):
+        checkpoint.save(path, {"step": step}, keep_previous=True)
+    path.write_bytes(b"")
+    with pytest.warns(match="last.pt: damaged"):
+        checkpoint.load_latest(tmp_path, ["step"])
+    assert checkpoint.load(f"{path}.old") == {"step": 4}  # until the next is saved, too
+    checkpoint.save(path, {"step": 5}, keep_previous=True)
+    assert checkpoint.load(f"{path}.old") == {"step": 4}
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.old"]
+
+
+def test_another_rank_may_have_renamed_a_damaged_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt.old", {"step": 4})
+    (tmp_path / "last.pt").write_bytes(b"")
+    load = checkpoint.load
+
+    def load_later(path):
+        (tmp_path / "last.pt").unlink(missing_ok=True)
+        return load(path)
+
+    monkeypatch.setattr(checkpoint, "load", load_later)
+    assert checkpoint.load_latest(tmp_path, ["step"])["step"] == 4
+
+
 def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
     (tmp_path / "last.pt.123.partial").write_text("of a killed process")
     code = f"import checkpoint; checkpoint.lock({str(tmp_path)!r}); print('locked', flush=True)"
@@ -91,16 +117,39 @@ def test_a_folder_is_locked_until_the_process_ends_however_it_ends(tmp_path):
     checkpoint.lock(str(tmp_path))
 
 
-def test_on_a_file_system_without_locks_nothing_is_locked(tmp_path, monkeypatch):
+def without_flock(monkeypatch, number):
     def flock(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_on_a_file_system_without_locks_a_warning_is_all(tmp_path, monkeypatch, name):
+    without_flock(monkeypatch, getattr(errno, name))
     for _ in range(2):
-        checkpoint.lock(str(tmp_path))
+        with pytest.warns(match=f"{tmp_path}/lock: not locked"):
+            checkpoint.lock(str(tmp_path))
         # A marker would outlive a killed run.
         assert [path.read_bytes() for path in tmp_path.iterdir()] in ([], [b""])
         del checkpoint.locks[str(tmp_path)]
+
+
+def test_any_other_error_of_a_lock_names_its_file(tmp_path, monkeypatch):
+    without_flock(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match=f"Input/output error: '{tmp_path}/lock'"):
+        checkpoint.lock(str(tmp_path))
+
+
+def test_all_settings_that_differ_are_listed_and_hashes_are_not_shown():
+    before = {"--lr": 1, "--seed": 0, "weights of hubert": "2f81", "noise": "77aa", "same": 5}
+    now = {"--lr": 2, "--heads": [4], "weights of hubert": "90bc", "same": 5}
+    with pytest.raises(ValueError) as end:
+        checkpoint.check_same("runs/avg", before, now)
+    changes = "--lr was 1, is 2; --seed was 0, is absent; weights of hubert changed; "
+    changes += "noise changed; --heads was absent, is [4]"
+    assert f"runs/avg: holds another run ({changes}); " in str(end.value)
+    checkpoint.check_same("runs/avg", before, dict(before))
 
 
 # ------------------------------------------------------------------ the cache

@@ -61,6 +61,20 @@ def test_a_joined_rank_may_be_slower_than_the_limit_of_joining():
     assert done.returncode == 0 and done.stdout.count("[0, 1]") == 2, done.stderr
 
 
+def test_a_restarted_rank_meets_the_living_ranks_alone(monkeypatch):
+    monkeypatch.setattr(program, "WORLD_SIZE", 2)
+    store = torch.distributed.HashStore()
+    for key, value in {"nonce of 1": "dead1", "nonces": "dead0 dead1"}.items():
+        store.set(key, value)
+    store.set("dead0 0", "")
+    store.set("dead0 1", "")
+    found = []
+    for rank in (0, 0, 1, 1, 0, 1):
+        monkeypatch.setattr(program, "RANK", rank)
+        found.append(program.agree(store, f"new{rank}"))
+    assert found == [None, None, None, None, None, "new0"]
+
+
 @pytest.mark.parametrize(
     "left_over",
     [{"RANK": "3", "LOCAL_RANK": "3"}, {"RANK": "", "WORLD_SIZE": ""}, {"WORLD_SIZE": "8"}],
