@@ -117,7 +117,7 @@ def handlers():
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
 def test_a_signal_that_announces_the_end_is_recorded(handlers, name):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.Signals[name], lambda *_: None)
     stop = program.StopSignal()
     os.kill(os.getpid(), signal.Signals[name])
     assert stop.received() == signal.Signals[name]
@@ -192,6 +192,6 @@ for name in {names}:
 def test_importing_a_file_changes_nothing():
     names = "encoder aggregate losses checkpoint student teachers data manifest cache run program"
     command = [sys.executable, "-c", IMPORTS.format(names=names.split())]
-    env = environment(RANK="0", TORCHELASTIC_RUN_ID="none")
+    env = {"RANK": "0", "TORCHELASTIC_RUN_ID": "none"}  # nothing that conftest.py's imports set
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.stdout == "".join(f"{name} True\n" for name in names.split()), done.stderr
