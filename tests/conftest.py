@@ -198,8 +198,7 @@ def run(*arguments, cwd, processes=None, **variables):
 
 def on_cpu(module, arguments):
     """A program's main() in this process, which saves a start of Python; without a GPU."""
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    handlers = [signal.getsignal(number) for number in numbers]
+    handlers = {number: signal.getsignal(number) for number in program.SIGNALS}
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.cuda, "is_available", lambda: False)
@@ -207,7 +206,7 @@ def on_cpu(module, arguments):
             patch.setattr(sys, "argv", [module.__file__])
             module.main([str(argument) for argument in arguments])
     finally:
-        for number, handler in zip(numbers, handlers):
+        for number, handler in handlers.items():
             signal.signal(number, handler)
         checkpoint.locks.clear()  # as at the end of a process
         program.StopSignal.number = 0

@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -191,6 +192,38 @@ def test_a_signal_to_one_rank_or_torchruns_death_ends_the_filling_of_a_cache(job
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and 'program.py", line' not in errors
     assert len(list((tmp_path / "cache").rglob("*.pt"))) <= 8  # of 30
+
+
+@pytest.mark.slow
+def test_a_killed_agent_that_is_started_again_by_hand_resumes_bit_for_bit(job):
+    settings, out = {"steps": 40, "save_every": 3, "log_every": 1, "dropout": 0.1}, job / "agents"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    torchrun += ["--max-restarts=3", "--rdzv_backend=c10d", "--local_addr=127.0.0.1"]
+    torchrun += [f"--rdzv_endpoint=127.0.0.1:{port}", "--rdzv_id=test"]
+    env = environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+
+    def start_agent(is_host):
+        command = [*torchrun, f"--rdzv_conf=is_host={is_host}", str(ROOT / "train.py")]
+        return subprocess.Popen([*command, *flags(job, out, **settings)], cwd=job, env=env)
+
+    agents = [start_agent(1), start_agent(0)]
+    try:
+        while not (out / "last.pt").exists():
+            assert agents[0].poll() is None
+            time.sleep(0.1)
+        agents[1].kill()
+        time.sleep(2)
+        agents[1] = start_agent(0)
+        assert [agent.wait(timeout=100) for agent in agents] == [0, 0]
+    finally:
+        for agent in agents:
+            agent.kill()
+    undisturbed = flags(job, job / "no agents", **settings)
+    assert run("train.py", *undisturbed, cwd=job, processes=2).returncode == 0
+    assert_same_run(state(out), state(job / "no agents"))
 
 
 BROKEN = """

@@ -54,10 +54,20 @@ def test_after_30_seconds_a_line_says_what_is_waited_for():
     assert first.startswith("rank 0 waits for 2 processes at localhost:29999; ")
 
 
+SLOW_RANK = """
+import time
+def main():
+    program.JOIN_LIMIT = 5
+    program.join()
+    time.sleep(8 * program.RANK)
+    print(program.gather(program.RANK))
+program.run(main)
+"""
+
+
 @pytest.mark.slow
 def test_a_joined_rank_may_be_slower_than_the_limit_of_joining():
-    code = "program.JOIN_LIMIT = 5\nprogram.join()\nimport time; time.sleep(8 * program.RANK)\n"
-    done = run_code(code + "print(program.gather(program.RANK))", processes=2)
+    done = run_code(SLOW_RANK, processes=2)
     assert done.returncode == 0 and done.stdout.count("[0, 1]") == 2, done.stderr
 
 
