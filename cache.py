@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import zipfile
 
 import torch
 
@@ -23,23 +25,27 @@ def key(*parts):
 
 
 def file_name(corpus, i):
-    """Where utterance i is cached: audio path, first sample, length, a hash of the audio file.
-
-    The hash is over the size of the file and 16 KiB from its middle. Raises OSError.
-    """
-    with open(os.path.join(corpus.root, corpus.paths[i]), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        file.seek(size // 2)
-        content = hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:8]
+    """Where utterance i is cached: audio path, first sample, length."""
     # Neither absolute nor with '..': the file stays inside the folder of the cache.
-    folder, name = os.path.split(corpus.paths[i].lstrip("/").replace("..", "__"))
+    folder, name = os.path.split(corpus.path(i).lstrip("/").replace("..", "__"))
     if len(os.fsencode(name)) > 150:  # a name has at most 255 bytes
         name = key(name)
-    return f"{os.path.join(folder, name)}.{corpus.starts[i]}-{corpus.samples[i]}.{content}.pt"
+    return f"{os.path.join(folder, name)}.{corpus.starts[i]}-{corpus.samples[i]}.pt"
+
+
+def audio_hash(corpus, i):
+    """A hash of the size of utterance i's file and 16 KiB from its middle. Raises OSError."""
+    with open(os.path.join(corpus.root, corpus.path(i)), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        file.seek(size // 2)
+        return hashlib.sha256(file.read(16384) + str(size).encode()).hexdigest()[:16]
 
 
 class Cache:
-    """One .pt file per utterance of a Corpus, in a folder per set of networks and settings."""
+    """One .pt file per utterance of a Corpus, in a folder per set of networks and settings.
+
+    A file has the path and length of its audio as name, and the audio's hash in it.
+    """
 
     def __init__(self, folder, corpus):
         self.folder, self.corpus = folder, corpus
@@ -47,15 +53,25 @@ class Cache:
     def path(self, i):
         return os.path.join(self.folder, file_name(self.corpus, i))
 
-    def load(self, i):
-        """The tensors of utterance i. A damaged file is deleted: the next run computes it again."""
+    def load(self, i, part="tensors"):
+        """The tensors of utterance i, or the "audio" hash that was saved with them.
+
+        Raises OSError if the file cannot be read, and ValueError if it is damaged: then it is
+        deleted, so that the next run computes it again.
+        """
+        path = self.path(i)
+        with open(path, "rb") as file:
+            content = io.BytesIO(file.read())  # once, for the checksums and for torch
         try:
-            return checkpoint.load(self.path(i))
-        except ValueError as error:
-            if not isinstance(error.__cause__, (OSError, MemoryError)):  # may be temporary
-                with contextlib.suppress(OSError):
-                    os.remove(self.path(i))
-            raise
+            with zipfile.ZipFile(content) as archive:
+                if archive.testzip():
+                    raise ValueError("a checksum differs")
+            content.seek(0)
+            return torch.load(content, map_location="cpu", weights_only=True)[part]
+        except Exception as error:  # a damaged file can raise nearly anything
+            with contextlib.suppress(OSError):
+                os.remove(path)
+            raise ValueError(f"{path}: damaged, and deleted ({str(error)[:80]})") from error
 
     def crop(self, i, start, samples):
         """The quantized targets of a crop of utterance i, from sample `start`, a multiple of 320.
@@ -68,11 +84,25 @@ class Cache:
         values = targets["values"][start // data.FRAME_SAMPLES :][:frames]
         return {"values": values, "scale": targets["scale"], "zero": targets["zero"]}
 
-    def is_missing(self, i):
-        try:
-            return not os.path.exists(self.path(i))
-        except OSError:  # reported when the audio is read
-            return True
+    def find_missing(self):
+        """This rank's utterances without a file: of those r, r + WORLD_SIZE, ...
+
+        Raises ValueError if one of up to 100 existing files is of other audio.
+        """
+        share = range(program.RANK, len(self.corpus), program.WORLD_SIZE)
+        progress = program.Progress("cached files", len(share))
+        missing, cached = [], []
+        for number, i in enumerate(share, start=1):
+            (cached if os.path.exists(self.path(i)) else missing).append(i)
+            progress.show(number)
+        for i in cached[:: len(cached) // 100 + 1]:
+            saved = audio = None
+            with contextlib.suppress(OSError, ValueError):  # reported when training reads them
+                saved, audio = self.load(i, "audio"), audio_hash(self.corpus, i)
+            if saved != audio:
+                problem = f"{self.path(i)} is of other audio than {self.corpus.path(i)} is now"
+                raise ValueError(f"{problem}; delete it, or choose another folder")
+        return missing
 
     def fill(self, compute, sizes, name, stop):
         """Computes the missing files; rank r those of utterances r, r + WORLD_SIZE, ...
@@ -83,39 +113,33 @@ class Cache:
         """
         with program.one_line_errors():
             os.makedirs(self.folder, exist_ok=True)
-            missing = [
-                i
-                for i in range(program.RANK, len(self.corpus), program.WORLD_SIZE)
-                if self.is_missing(i)
-            ]
+            missing = self.find_missing()
         longest = max(program.gather(len(missing)))
         needed = sum(program.gather(sum(sizes[i] for i in missing))) / 1e9
         with program.one_line_errors():
             free = shutil.disk_usage(self.folder).free / 1e9
             message = f"{self.folder}: {sum(sizes) / 1e9:.3g} GB of {name}, {needed:.3g} to compute"
             if needed > free:
-                raise OSError(f"{message}, {free:.3g} GB free; choose another --cache")
+                raise OSError(f"{message}, {free:.3g} GB free; choose another folder")
             if program.RANK == 0:
                 print(message, flush=True)
         progress = program.Progress(name, len(missing))
-        for number in range(longest):
+        for number in range(longest + 1):
             # All ranks check for a signal to any of them, after equally many utterances.
-            signal = stop.received() if number % SIGNAL_EVERY == 0 else 0
+            check_now = number % SIGNAL_EVERY == 0 or number == longest
+            signal = stop.received() if check_now else 0
             if signal:
                 raise SystemExit(128 + signal)
             if number < len(missing):
                 self.save(missing[number], compute(missing[number]))
                 progress.show(number + 1)
-        signal = stop.received()
-        if signal:
-            raise SystemExit(128 + signal)
 
     def save(self, i, tensors):
         """Writes the tensors of utterance i, unless they are None."""
         if tensors is not None:
             path = self.path(i)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            checkpoint.save(path, tensors)
+            checkpoint.save(path, {"tensors": tensors, "audio": audio_hash(self.corpus, i)})
 
 
 # ------------------------------------------------------------------ targets in 8 bits

@@ -1,8 +1,10 @@
-"""Audio files to batches of waveforms: utterances, batches, reading, finding files.
+"""Audio to batches of waveforms: reading files, batches, noise.
 
 Works with torch, torchaudio, numpy and soundfile alone. All lengths are samples at 16 kHz.
 """
 
+import contextlib
+import itertools
 import math
 import os
 import shutil
@@ -21,48 +23,6 @@ BATCH_TIMEOUT = 600  # seconds
 UNREADABLE = (soundfile.SoundFileError, OSError, ValueError, TypeError)  # reading audio or a target
 
 
-# ------------------------------------------------------------------ utterances
-
-
-class Corpus:
-    """Utterances: audio files, or pieces of long files.
-
-    root: folder that paths are relative to; paths: the file per utterance.
-    starts, samples: (utterances,) int64, first sample in the file, and length.
-    skipped: {path: reason} of the files that were found but cannot be used.
-    pieces: the paths of files in several utterances; other files must have their listed length.
-    """
-
-    def __init__(self, root, paths, starts, samples, skipped=(), pieces=()):
-        self.root, self.paths, self.skipped = root, list(paths), dict(skipped)
-        self.starts = np.asarray(starts, np.int64)
-        self.samples = np.asarray(samples, np.int64)
-        self.files, self.pieces = set(self.paths), set(pieces)
-
-    def __len__(self):
-        return len(self.paths)
-
-    def __str__(self):
-        return f"{len(self.files):,} files in {len(self):,} utterances, {self.hours():.2f} hours"
-
-    def hours(self):
-        return self.samples.sum() / SAMPLE_RATE / 3600
-
-    def part(self, indices):
-        """The Corpus of some of the utterances."""
-        paths = [self.paths[i] for i in indices]
-        starts, samples = self.starts[indices], self.samples[indices]
-        return Corpus(self.root, paths, starts, samples, pieces=self.pieces)
-
-    def read(self, i, start=0, samples=None):
-        """Samples of utterance i, (samples,) float32. Raises as read_audio does."""
-        if samples is None:
-            samples = int(self.samples[i]) - start
-        file_samples = None if self.paths[i] in self.pieces else int(self.samples[i])
-        path = os.path.join(self.root, self.paths[i])
-        return read_audio(path, int(self.starts[i]) + start, samples, file_samples)
-
-
 # ------------------------------------------------------------------ batches
 
 
@@ -73,8 +33,8 @@ class TrainBatches(torch.utils.data.Dataset):
     Utterances, order and crops depend on seed, epoch and batch size only, not on the number of
     ranks or workers, and any step can be computed without the steps before it.
 
-    batch_size: utterances per step, over all ranks. noise: a Noise, for "noisy" waveforms too.
-    Set `cache` to a cache.Cache of targets for their "values" and "scale" too.
+    corpus: a manifest.Corpus; batch_size: utterances per step, over all ranks.
+    noise: a Noise, for "noisy" waveforms too; set `cache` to a cache.Cache for its targets too.
     """
 
     cache = None
@@ -89,70 +49,79 @@ class TrainBatches(torch.utils.data.Dataset):
         self.epoch, self.noise = None, noise
 
     def plan(self, epoch):
-        """(utterances, crops, offsets) of an epoch.
+        """(utterances, crops, offsets) of an epoch; that of the latest epoch is stored.
 
         utterances: (steps, batch_size) indices; crops: (steps,) lengths in samples;
         offsets: (all utterances,) where each crop starts, from 0 (earliest) to 1 (latest).
         """
-        rng = np.random.default_rng([self.seed, epoch])
-        used = rng.permutation(len(self.corpus))[: self.steps_per_epoch * self.batch_size]
-        # Sorted by length with 5% jitter: little is cropped, and batches differ between epochs.
-        order = np.argsort(self.corpus.samples[used] * rng.uniform(0.95, 1.05, len(used)))
-        utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
-        crops = self.corpus.samples[utterances].min(axis=1)
-        rounded = crops // CROP_MULTIPLE * CROP_MULTIPLE
-        crops = np.where(rounded > 0, rounded, crops)  # shorter crops stay as they are
-        return utterances, crops, rng.random(len(self.corpus))
+        if epoch != self.epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            used = rng.permutation(len(self.corpus))[: self.steps_per_epoch * self.batch_size]
+            # Sorted by length with 5% jitter: little is cropped, and batches differ by epoch.
+            order = np.argsort(self.corpus.samples[used] * rng.uniform(0.95, 1.05, len(used)))
+            utterances = rng.permutation(used[order].reshape(-1, self.batch_size))
+            crops = self.corpus.samples[utterances].min(axis=1)
+            rounded = crops // CROP_MULTIPLE * CROP_MULTIPLE
+            crops = np.where(rounded > 0, rounded, crops)  # shorter crops stay as they are
+            self.epoch, self.planned = epoch, (utterances, crops, rng.random(len(self.corpus)))
+        return self.planned
 
     def __getitem__(self, step):
         """This rank's share of the batch of a step, from 0.
 
-        "waveforms": (share, samples), and what else crop() returns; "paths": [str];
-        "skipped": {"audio": {path: reason}, "noise": {path: reason}} of unreadable files. An
-        unreadable utterance is replaced by the next readable one of the batch; ValueError if there
-        is none.
+        "waveforms": (share, samples); "noisy" ones if there is noise; what the cache returns;
+        "paths": [str]; "skipped": {"audio": {path: reason}, "noise": {path: reason}} of
+        unreadable files. An unreadable utterance is replaced by the next readable one of the
+        batch; ValueError if there is none.
         """
         epoch, row = divmod(step, self.steps_per_epoch)
-        if epoch != self.epoch:
-            self.epoch, self.planned = epoch, self.plan(epoch)
-        utterances, crops, offsets = self.planned
+        utterances, crops, offsets = self.plan(epoch)
+        batch, samples = utterances[row].tolist(), int(crops[row])
         examples, paths, skipped = [], [], {"audio": {}, "noise": {}}
-        for column in self.columns:
-            # The utterance of this column; if it is unreadable, the next one of the row.
-            for i in np.roll(utterances[row], -column).tolist():
-                try:
-                    crop = self.crop(epoch, i, offsets[i], int(crops[row]))
-                except UNREADABLE as error:
-                    skipped["audio"][self.corpus.paths[i]] = str(error)
-                    continue
-                skipped["noise"] |= crop.pop("skipped_noise", {})
-                examples.append(crop)
-                paths.append(self.corpus.paths[i])
-                break
-            else:
-                path, reason = next(iter(skipped["audio"].items()))
-                raise ValueError(f"step {step + 1}: no utterance is readable: {path}: {reason}")
-        batch = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
-        return batch | {"paths": paths, "skipped": skipped}
 
-    def crop(self, epoch, i, offset, samples):
+        def read(i):
+            return self.crop(i, offsets[i], samples)
+
+        for column in self.columns:
+            candidates = batch[column:] + batch[:column]  # the later ones are replacements
+            i, example = first_readable(self.corpus, candidates, read, skipped["audio"])
+            if self.noise:
+                seeds = (self.seed, epoch, i)
+                example["noisy"] = self.noise.mix(example["waveforms"], seeds, skipped["noise"])
+            examples.append(example)
+            paths.append(self.corpus.path(i))
+        tensors = {name: torch.stack([e[name] for e in examples]) for name in examples[0]}
+        return tensors | {"paths": paths, "skipped": skipped}
+
+    def crop(self, i, offset, samples):
         """Tensors by name for one crop of utterance i; it starts where a frame starts."""
         start = int(offset * (self.corpus.samples[i] - samples + 1))
         start = start // FRAME_SAMPLES * FRAME_SAMPLES
         crop = {"waveforms": self.corpus.read(i, start, samples)}
-        if self.noise:
-            seeds = (self.seed, epoch, i)
-            crop["noisy"], crop["skipped_noise"] = self.noise.mix(crop["waveforms"], *seeds)
         if self.cache:
             crop |= self.cache.crop(i, start, samples)
         return crop
 
 
+def first_readable(corpus, utterances, read, skipped):
+    """(i, read(i)) of the first readable one of the utterances; ValueError if there is none.
+
+    skipped: {path: reason}, to which the unreadable ones before it are added.
+    """
+    for i in utterances:
+        try:
+            return i, read(i)
+        except UNREADABLE as error:
+            skipped[corpus.path(i)] = str(error)
+    path, reason = next(iter(skipped.items()))
+    raise ValueError(f"{corpus.root}: no utterance is readable, such as {path}: {reason}")
+
+
 class Noise:
     """Noise to mix into speech, for students of noisy speech.
 
-    corpus: the Corpus of the noise. snr: [lowest, highest] signal-to-noise ratio of a waveform in
-        dB, drawn uniformly, or [one]. probability: that noise is added to a waveform.
+    corpus: the manifest.Corpus of the noise; probability: that noise is added to a waveform.
+    snr: [lowest, highest] signal-to-noise ratio of a waveform in dB, drawn uniformly, or [one].
     Source: the noisy training of DistilHuBERT in Huang et al. 2022, arXiv:2210.07978.
     """
 
@@ -161,36 +130,32 @@ class Noise:
             raise ValueError(f"a signal-to-noise ratio of {snr} dB: give -100 to 100, or low,high")
         self.corpus, self.snr, self.probability = corpus, (snr[0], snr[-1]), probability
 
-    def mix(self, waveform, *seeds):
-        """((samples,) with a random stretch of noise added, {path: reason} of unreadable noise).
+    def mix(self, waveform, seeds, skipped):
+        """(samples,) with a random stretch of noise added, which the seeds alone determine.
 
-        The seeds alone determine the stretch. In place of an unreadable file, the next one is used.
-        Noise that is shorter than the waveform is repeated; a silent stretch adds nothing.
+        Noise that is shorter than the waveform is repeated; a silent stretch adds nothing. In place
+        of an unreadable file the next one is used, and {path: reason} is added to `skipped`.
         Raises ValueError if no noise is readable.
         """
         rng = np.random.default_rng(seeds)
         if rng.random() >= self.probability:
-            return waveform, {}
-        first, skipped = int(rng.integers(len(self.corpus))), {}
-        for number in range(len(self.corpus)):
-            i = (first + number) % len(self.corpus)
-            start = int(rng.integers(max(1, self.corpus.samples[i] - len(waveform) + 1)))
+            return waveform
+
+        def read(i):
             length = min(len(waveform), int(self.corpus.samples[i]))
-            try:
-                noise = self.corpus.read(i, start, length)
-                break
-            except UNREADABLE as error:
-                skipped[self.corpus.paths[i]] = str(error)
-        else:
-            path, reason = next(iter(skipped.items()))
-            raise ValueError(f"no noise is readable: {path}: {reason}")
-        if length < len(waveform):
-            noise = noise.roll(int(rng.integers(length)))
-            noise = noise.repeat(-(-len(waveform) // length))[: len(waveform)]
+            start = int(rng.integers(self.corpus.samples[i] - length + 1))
+            return self.corpus.read(i, start, length)
+
+        first = int(rng.integers(len(self.corpus)))
+        candidates = itertools.chain(range(first, len(self.corpus)), range(first))
+        _, noise = first_readable(self.corpus, candidates, read, skipped)
+        if len(noise) < len(waveform):
+            noise = noise.roll(int(rng.integers(len(noise))))
+            noise = noise.repeat(-(-len(waveform) // len(noise)))[: len(waveform)]
         snr = torch.tensor(rng.uniform(*self.snr))
         if not noise.square().sum():  # silent, or so faint that its energy is 0 in float32
-            return waveform, skipped
-        return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype), skipped
+            return waveform
+        return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype)
 
 
 def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
@@ -218,7 +183,7 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
                 raise SystemExit(128 + stop.number) from None
             waited += settings["timeout"]
             if waited >= BATCH_TIMEOUT:
-                causes = "a stuck disk, or little shared memory: docker --shm-size, or --workers 0"
+                causes = "a stuck disk, or too little shared memory for the workers"
                 raise RuntimeError(f"no batch for {waited} s: {causes}") from None
 
 
@@ -236,7 +201,7 @@ def check_shared_memory(batch_bytes, workers):
     if needed > free:
         sizes = f"{needed / 1e6:.0f} MB in /dev/shm, {free / 1e6:.0f} MB are free"
         remedy = f"use fewer, or docker run --shm-size={needed / 1e6 + 64:.0f}m"
-        raise ValueError(f"--workers {workers} need {sizes}; {remedy}")
+        raise ValueError(f"{workers} workers need {sizes}; {remedy}")
 
 
 # ------------------------------------------------------------------ reading
@@ -253,6 +218,18 @@ def resampled_length(samples, rate):
     return -(-samples * SAMPLE_RATE // rate)
 
 
+@contextlib.contextmanager
+def open_audio(path):
+    """The SoundFile of a path. Raises ValueError if it cannot be decoded, here or while reading."""
+    try:
+        with soundfile.SoundFile(os.fsencode(path)) as file:  # bytes: a path may not be UTF-8
+            yield file
+    except soundfile.SoundFileError as error:
+        os.stat(path)  # OSError if there is no such file
+        reason = getattr(error, "error_string", error)  # of damaged MP3: "File does not exist"
+        raise ValueError(f"cannot be decoded (libsndfile: {reason})") from None
+
+
 def read_audio(path, start=0, samples=None, file_samples=None):
     """(samples,) float32, channels averaged, from sample `start` on; at 16 kHz.
 
@@ -261,7 +238,7 @@ def read_audio(path, start=0, samples=None, file_samples=None):
     Raises one of UNREADABLE if the file cannot be read, has changed its length, ends too early
     or has samples that are not finite.
     """
-    with soundfile.SoundFile(os.fsencode(path)) as file:
+    with open_audio(path) as file:
         rate = file.samplerate
         length = resampled_length(file.frames, rate)
         if file_samples not in (None, length):

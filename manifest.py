@@ -1,22 +1,89 @@
-"""Finding audio files, and the manifests that list them. All lengths are samples at 16 kHz."""
+"""The audio of a run: finding files, and manifests, which list them. Lengths are at 16 kHz."""
 
 import collections
 import concurrent.futures
 import hashlib
-import math
 import os
 import re
+import time
 import warnings
+from array import array
 
 import numpy as np
 import soundfile
 
-from data import MIN_SAMPLES, SAMPLE_RATE, UNREADABLE, Corpus, resampled_length
+import program
+from data import MIN_SAMPLES, SAMPLE_RATE, UNREADABLE, open_audio, read_audio, resampled_length
 
 LIBRISPEECH_960 = ("train-clean-100", "train-clean-360", "train-other-500")
 EXTENSIONS = {f".{name.lower()}" for name in soundfile.available_formats() if name != "RAW"}
 EXTENSIONS |= {".aif", ".oga", ".opus", ".snd", ".sph"}
 UNSUPPORTED = {".m4a", ".aac", ".wma", ".mp4", ".webm", ".amr", ".3gp", ".ape", ".mka", ".wv"}
+ROW = re.compile("([^\t]*)\t(?:([0-9]{1,15})\t)?([0-9]{1,15})")
+
+
+class Corpus:
+    """Utterances: audio files, or pieces of long files.
+
+    root: folder that paths are relative to.
+    rows: per utterance (path, samples) if it is a whole file, which must have this length, or
+        (path, first sample, samples) if it is a piece of a file.
+    skipped: {path: reason} of the files that were found but cannot be used.
+    starts, samples: (utterances,) int64, first sample in the file, and length.
+    whole: (utterances,) 1 for a whole file, 0 for a piece.
+    """
+
+    def __init__(self, root, rows, skipped=()):
+        self.root, self.skipped = root, dict(skipped)
+        # All paths in one array: of strings, every worker would copy those that it reads.
+        self.text, numbers = bytearray(), array("q")
+        for path, *start, length in rows:
+            numbers.extend([len(self.text), start[0] if start else 0, length, not start])
+            self.text += path.encode("utf-8", "surrogateescape") + b"\0"
+        columns = np.frombuffer(numbers, np.int64).reshape(-1, 4).T.copy()
+        self.offsets, self.starts, self.samples, self.whole = columns
+
+    def __len__(self):
+        return len(self.offsets)
+
+    def __str__(self):
+        return f"{self.file_count():,} files in {len(self):,} utterances, {self.hours():.2f} hours"
+
+    def path(self, i):
+        """The path of the file of utterance i."""
+        start = self.offsets.item(i)
+        return self.text[start : self.text.index(0, start)].decode("utf-8", "surrogateescape")
+
+    def paths(self):
+        """The paths of all utterances, one at a time."""
+        return map(self.path, range(len(self)))
+
+    def file_count(self):
+        """The number of files."""
+        hashes = np.fromiter(map(hash, self.paths()), np.int64, len(self))  # smaller than a set
+        return len(np.unique(hashes))
+
+    def hours(self):
+        return self.samples.sum() / SAMPLE_RATE / 3600
+
+    def part(self, indices):
+        """The Corpus of some of the utterances; an index may be repeated."""
+        part = Corpus(self.root, [])
+        part.text = self.text
+        for name in ("offsets", "starts", "samples", "whole"):
+            setattr(part, name, getattr(self, name)[indices])
+        return part
+
+    def read(self, i, start=0, samples=None):
+        """Samples of utterance i, (samples,) float32. Raises as read_audio does."""
+        if samples is None:
+            samples = int(self.samples[i]) - start
+        file_samples = int(self.samples[i]) if self.whole[i] else None
+        path = os.path.join(self.root, self.path(i))
+        return read_audio(path, int(self.starts[i]) + start, samples, file_samples)
+
+
+# ------------------------------------------------------------------ finding files
 
 
 def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
@@ -31,42 +98,57 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
         longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
         if longest < 2 * MIN_SAMPLES:
             raise ValueError(f"pieces of {max_seconds} s are too short; at least 0.05")
-    rows = []
-    for path, start, length in zip(corpus.paths, corpus.starts, corpus.samples):
-        if length < MIN_SAMPLES:
-            corpus.skipped[path] = f"{length} samples, shorter than a frame"
-            continue
-        pieces = math.ceil(length / longest)
-        if pieces > 1:
-            corpus.pieces.add(path)
-        edges = start + np.arange(pieces + 1) * length // pieces
-        rows += [(path, first, end - first) for first, end in zip(edges, edges[1:])]
-    if not rows:
+    too_short = corpus.samples < MIN_SAMPLES
+    for i in np.flatnonzero(too_short):
+        corpus.skipped[corpus.path(i)] = f"{corpus.samples[i]} samples, shorter than a frame"
+    counts = np.where(too_short, 0, -(-corpus.samples // longest))  # of pieces per utterance
+    indices = np.repeat(np.arange(len(corpus)), counts)
+    pieces = corpus.part(indices)
+    if not pieces:
         raise ValueError(f"{data}: no audio to train on")
-    return Corpus(corpus.root, *zip(*rows), corpus.skipped, corpus.pieces)
+    # Pieces are numbered from 0 per utterance.
+    counts, numbers = (
+        counts[indices],
+        np.arange(len(indices)) - (np.cumsum(counts) - counts)[indices],
+    )
+    first = numbers * pieces.samples // counts
+    pieces.starts += first
+    pieces.samples = (numbers + 1) * pieces.samples // counts - first
+    pieces.whole &= counts == 1
+    pieces.skipped = corpus.skipped
+    return pieces
 
 
 def scan(folder, splits):
     """The Corpus of the audio files under sub-folders of a folder, lengths from their headers."""
-    root, found, unsupported = os.path.realpath(folder), set(), collections.Counter()
+    root, paths = os.path.realpath(folder), list_audio(folder, splits)
+    if not paths:
+        raise ValueError(f"{folder}: no audio files in {', '.join(splits)}")
+    lengths, unreadable = read_lengths(root, sorted(paths))
+    check_skipped(unreadable, len(paths))
+    return Corpus(root, lengths.items(), unreadable)
+
+
+def list_audio(folder, splits):
+    """The set of the paths of audio files under sub-folders of a folder, by their names alone."""
+    root, paths, unsupported = os.path.realpath(folder), set(), collections.Counter()
+    printed = time.monotonic()
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
-            place = os.path.join(folder, split)
-            raise FileNotFoundError(f"{place}: no such folder")
+            raise FileNotFoundError(f"{os.path.join(folder, split)}: no such folder")
         for path in files_under(root, split):
             ending = os.path.splitext(path)[1].lower()
             if ending in EXTENSIONS:
-                found.add(path)
+                paths.add(path)
             elif ending in UNSUPPORTED:
                 unsupported[ending] += 1
+            if program.RANK == 0 and time.monotonic() - printed > 20:
+                printed = time.monotonic()
+                print(f"{folder}: {len(paths):,} audio files so far", flush=True)
     if unsupported:
         counts = ", ".join(f"{count} {ending}" for ending, count in unsupported.items())
         warnings.warn(f"{folder}: not read, convert to FLAC: {counts}")
-    if not found:
-        raise ValueError(f"{folder}: no audio files in {', '.join(splits)}")
-    lengths, unreadable = read_lengths(root, sorted(found))
-    check_skipped(unreadable, len(found))
-    return Corpus(root, lengths, [0] * len(lengths), list(lengths.values()), unreadable)
+    return paths
 
 
 def files_under(root, folder):
@@ -81,33 +163,39 @@ def files_under(root, folder):
             folders.clear()
             continue
         visited.add(os.path.realpath(place))
+        relative = os.path.relpath(place, root)
         for name in names:
             if not name.startswith("."):
-                yield os.path.relpath(os.path.join(place, name), root)
+                yield name if relative == "." else os.path.join(relative, name)
 
 
 def read_lengths(root, paths):
     """({path: samples} of the readable files, {path: reason} of the others), from headers."""
 
-    def length(path):
-        file = os.fsencode(os.path.join(root, path))  # bytes, since a path may not be UTF-8
+    def read_length(path):
         try:
             if re.search(r"[\t\r\n]", path):
-                return "a tab or line break in its name"
-            info = soundfile.info(file)
-            # ffmpeg and others write a length of 0 or 2^63 - 1 to a pipe.
-            if not 0 < info.frames < 10_000 * os.path.getsize(file):
-                raise ValueError(f"a length of {info.frames} in its header; encode it again")
-            return resampled_length(info.frames, info.samplerate)
+                raise ValueError("a tab or line break in its name")
+            with open_audio(os.path.join(root, path)) as file:
+                # ffmpeg and others write a length of 0 or 2^63 - 1 to a pipe.
+                if not 0 < file.frames < 10_000 * os.path.getsize(file.name):
+                    raise ValueError(f"a length of {file.frames} in its header; encode it again")
+                return resampled_length(file.frames, file.samplerate)
         except UNREADABLE as error:
-            return f"cannot be read: {error}"
+            return str(error)
 
-    if len(paths) > 10_000:
-        print(f"reading the headers of {len(paths):,} files in {root}", flush=True)
+    lengths, unreadable = {}, {}
+    progress = program.Progress("headers of audio files", len(paths))
     with concurrent.futures.ThreadPoolExecutor(16) as pool:  # network disks have latency
-        found = dict(zip(paths, pool.map(length, paths)))
-    unreadable = {path: reason for path, reason in found.items() if isinstance(reason, str)}
-    return {path: n for path, n in found.items() if path not in unreadable}, unreadable
+        for start in range(0, len(paths), 1000):
+            some = paths[start : start + 1000]
+            for path, length in zip(some, pool.map(read_length, some)):
+                (unreadable if isinstance(length, str) else lengths)[path] = length
+            progress.show(start + len(some))
+    return lengths, unreadable
+
+
+# ------------------------------------------------------------------ manifests
 
 
 def read_manifest(path, moved_root=None):
@@ -117,36 +205,39 @@ def read_manifest(path, moved_root=None):
     relative to the manifest; moved_root replaces the root if it is a folder.
     Raises FileNotFoundError and ValueError.
     """
-    rows, pieces, root = [], set(), read_root(path)
-    for number, line in read_lines(path):
-        line = line.rstrip("\r\n")
-        row = re.fullmatch("([^\t]*)\t(?:([0-9]{1,15})\t)?([0-9]{1,15})", line)
-        if number == 1:
-            continue
-        if row:
-            name, start, samples = row.groups()
-            rows.append((name, int(start or 0), int(samples)))
-            if start:
-                pieces.add(name)
-        else:
-            problem = f"not 'path<tab>samples': {line.strip()[:60]!r}"
-            raise ValueError(f"{path}, line {number}: {problem}")
-    if not rows:
-        raise ValueError(f"{path}: an empty manifest")
+    root = read_root(path)
     if moved_root and os.path.isdir(moved_root):
         root = os.path.realpath(moved_root)
-    corpus = Corpus(root, *zip(*rows), pieces=pieces)
+    corpus = Corpus(root, read_rows(path))
+    if not corpus:
+        raise ValueError(f"{path}: an empty manifest")
     # Up to 100 files are checked: fairseq's wav2vec_manifest.py counts at the rate of the file.
     checked = range(0, len(corpus), len(corpus) // 100 + 1)
-    found, _ = read_lengths(root, [corpus.paths[i] for i in checked])
-    if not found:
-        raise ValueError(f"{path}: {corpus.paths[0]} and others cannot be read in {root}")
-    whole = [i for i in checked if corpus.paths[i] in found and corpus.paths[i] not in pieces]
-    if whole and all(found[corpus.paths[i]] != corpus.samples[i] for i in whole):
-        first = corpus.paths[whole[0]]
-        cause = f"{first} has {found[first]} samples at 16 kHz, not {corpus.samples[whole[0]]}"
+    lengths, _ = read_lengths(root, [corpus.path(i) for i in checked])
+    if not lengths:
+        raise ValueError(f"{path}: {corpus.path(0)} and others cannot be read in {root}")
+    whole = [i for i in checked if corpus.whole[i] and corpus.path(i) in lengths]
+    if whole and all(lengths[corpus.path(i)] != corpus.samples[i] for i in whole):
+        name = corpus.path(whole[0])
+        cause = f"{name} has {lengths[name]} samples at 16 kHz, not {corpus.samples[whole[0]]}"
         raise ValueError(f"{path}: {cause}; scan the folder instead")
     return corpus
+
+
+def read_rows(path):
+    """Yields the rows of a manifest, for Corpus."""
+    progress, position = program.Progress(f"bytes of {path}", os.path.getsize(path)), 0
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            position += len(line)
+            progress.show(position)
+            row = ROW.fullmatch(line.rstrip("\r\n"))
+            if row and number > 1:
+                name, start, samples = row.groups()
+                yield (name, int(start), int(samples)) if start else (name, int(samples))
+            elif number > 1 and line.strip():
+                problem = f"not 'path<tab>samples': {line.strip()[:60]!r}"
+                raise ValueError(f"{path}, line {number}: {problem}")
 
 
 def read_root(path):
@@ -170,8 +261,9 @@ def write_manifest(path, corpus):
     """Writes a Corpus for read_manifest, with three columns for pieces of files, else two."""
     with open(path, "w", encoding="utf-8", errors="surrogateescape") as file:
         file.write(f"{corpus.root}\n")
-        for name, start, samples in zip(corpus.paths, corpus.starts, corpus.samples):
-            first = f"{start}\t" if name in corpus.pieces else ""
+        columns = (corpus.paths(), corpus.starts, corpus.samples, corpus.whole)
+        for name, start, samples, whole in zip(*columns):
+            first = "" if whole else f"{start}\t"
             file.write(f"{name}\t{first}{samples}\n")
 
 
