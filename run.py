@@ -54,8 +54,8 @@ class Run:
         batches: the TrainBatches. stop: the program.StopSignal that ends the run.
         """
         self.student, self.optimizer, self.stop = student, optimizer, stop
-        noise_files = batches.noise.corpus.files if batches.noise else ()
-        self.totals = {"audio": len(batches.corpus.files), "noise": len(noise_files)}
+        noise_files = batches.noise.corpus.file_count() if batches.noise else 0
+        self.totals = {"audio": batches.corpus.file_count(), "noise": noise_files}
         self.skipped = {kind: {} for kind in self.totals}  # {path: reason}, of this rank at first
         self.reported = {kind: set() for kind in self.totals}
         self.terms, self.samples = [], 0  # since the last line of metrics

@@ -107,6 +107,7 @@ def main(arguments=None):
         print(f"student: {millions:.2f} million parameters; {args.precision} on {device.type}")
     run.restore(student, optimizer, batches, stop)
     steps = range(run.start, args.steps)
+    batches.plan(run.start // batches.steps_per_epoch)  # here, so that workers share its memory
     loader = data.load_batches(batches, steps, args.workers, device.type == "cuda", stop)
     distil(args, ensemble, student, optimizer, loader, held_out, run, device)
     run.end()
@@ -299,7 +300,7 @@ def fixed_settings(args, ensemble, noise):
     if args.data.endswith(".tsv"):
         settings["lines of the manifest"] = fingerprint(args.data)
     if noise:
-        files = cache.key(noise.corpus.paths, noise.corpus.samples.tolist())
+        files = cache.key(list(noise.corpus.paths()), noise.corpus.samples.tolist())
         settings["files of noise"] = files
     return settings
 
@@ -318,7 +319,7 @@ def find_held_out(args, corpus):
     if not args.valid:
         return None
     audio = find_corpus(corpus.root, [args.valid], args.max_seconds)
-    shared = audio.files & corpus.files
+    shared = set(audio.paths()).intersection(corpus.paths())
     if shared:
         raise ValueError(f"--valid {args.valid}: {min(shared)} is in the training audio too")
     return data.TrainBatches(audio, args.batch_size, 0, RANK, WORLD_SIZE)
@@ -346,7 +347,7 @@ def fill_cache(folder, ensemble, corpus, device, stop):
             return None  # skipped with a warning in training
         targets = torch.cat(ensemble(waveform), dim=-1)[0]
         if not targets.isfinite().all():
-            raise RuntimeError(f"{corpus.paths[i]}: the teachers' states are not finite")
+            raise RuntimeError(f"{corpus.path(i)}: the teachers' states are not finite")
         return cache.quantize(targets)
 
     width, frames = sum(dim for _, dim in ensemble.heads), ensemble.teachers[0].frames

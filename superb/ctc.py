@@ -40,7 +40,7 @@ def read_split(folder, name, encode):
     encode(words): numbers of symbols; if it raises ValueError, the utterance is skipped.
     """
     corpus = manifest.find_corpus(folder, [name])
-    audio = {os.path.splitext(path)[0]: i for i, path in enumerate(corpus.paths)}
+    audio = {os.path.splitext(path)[0]: i for i, path in enumerate(corpus.paths())}
     skipped = {os.path.splitext(path)[0]: reason for path, reason in corpus.skipped.items()}
     labels = {}
     files = [file for file in manifest.files_under(folder, name) if file.endswith(".trans.txt")]

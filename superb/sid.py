@@ -66,7 +66,7 @@ def read_table(path, columns):
 
 
 def read_corpus(root, rows):
-    """The data.Corpus of rows (path, ..., place of the line). Raises ValueError."""
+    """The Corpus of rows (path, ..., place of the line). Raises ValueError."""
     seen = set()
     for path, *_, place in rows:
         if path in seen or not os.path.isfile(os.path.join(root, path)):
@@ -77,17 +77,17 @@ def read_corpus(root, rows):
     manifest.check_skipped(skipped, len(rows))
     skipped |= {path: f"{n} samples" for path, n in lengths.items() if n < data.MIN_SAMPLES}
     lengths = {path: n for path, n in lengths.items() if path not in skipped}
-    return data.Corpus(root, lengths, [0] * len(lengths), list(lengths.values()), skipped)
+    return manifest.Corpus(root, lengths.items(), skipped)
 
 
 def make_split(name, corpus, rows, classes):
     """The Split of rows (path, class, ...) of a corpus, in the order of the corpus."""
     labels = {row[0]: torch.tensor(classes.index(row[1])) for row in rows}
-    part = corpus.part([i for i, path in enumerate(corpus.paths) if path in labels])
+    part = corpus.part([i for i, path in enumerate(corpus.paths()) if path in labels])
     if not rows:
         raise ValueError(f"{corpus.root or '.'}: no utterances for {name}")
     skipped = {path: reason for path, reason in corpus.skipped.items() if path in labels}
-    return Split(name, part, part.paths, [labels[path] for path in part.paths], skipped)
+    return Split(name, part, list(part.paths()), [labels[path] for path in part.paths()], skipped)
 
 
 def read_splits(root, rows):

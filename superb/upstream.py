@@ -11,7 +11,7 @@ from torch import nn
 import data
 import manifest
 import program
-from cache import Cache, file_name, key
+from cache import Cache, audio_hash, key
 from student import load_student
 from teachers import digest, load_teacher
 
@@ -19,7 +19,7 @@ MAX_SECONDS = 160  # of an utterance, which the upstream gets in one piece
 
 
 class Split(torch.utils.data.Dataset):
-    """Labelled utterances of a data.Corpus, and their hidden states, once computed.
+    """Labelled utterances of a Corpus, and their hidden states, once computed.
 
     ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
     memory: that of the Upstream; cache: a Cache, or None. compute_states sets both.
@@ -50,11 +50,11 @@ class Split(torch.utils.data.Dataset):
         The noise depends on the place i in the split, so noise_key covers the order of the paths.
         """
         self.noise = data.Noise(manifest.find_corpus(folder, ["."]), snr)
-        files = [file_name(self.noise.corpus, i) for i in range(len(self.noise.corpus))]
-        self.noise_key = key(files, self.noise.snr, self.corpus.paths)
+        files = [audio_hash(self.noise.corpus, i) for i in range(len(self.noise.corpus))]
+        self.noise_key = key(files, self.noise.snr, list(self.corpus.paths()))
 
     def path(self, i):
-        return os.path.join(self.corpus.root, self.corpus.paths[i])
+        return os.path.join(self.corpus.root, self.corpus.path(i))
 
     def read(self, i):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
@@ -62,7 +62,8 @@ class Split(torch.utils.data.Dataset):
             waveform = self.corpus.read(i)
             if not self.noise:
                 return waveform
-            waveform, skipped = self.noise.mix(waveform, i)
+            skipped = {}
+            waveform = self.noise.mix(waveform, (i,), skipped)
             for path, reason in skipped.items():
                 raise ValueError(f"its noise {path}: {reason}")
             return waveform

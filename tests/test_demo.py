@@ -75,7 +75,7 @@ def test_the_corpus_is_librispeech_in_small(small):
         for line in file.read_text().splitlines():
             names.add(line.split()[0])
             assert set(line.split()[1:]) <= lexicon
-    assert names == {os.path.basename(path)[:-5] for path in found.paths}
+    assert names == {os.path.basename(path)[:-5] for path in found.paths()}
 
 
 def test_no_two_splits_share_a_speaker(small):

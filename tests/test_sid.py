@@ -78,7 +78,7 @@ def test_voxceleb1_is_read_as_it_unpacks(tmp_path):
     assert [split.name for split in splits] == ["train", "dev", "test"]
     for number, split in enumerate(splits):
         assert [int(label) for label in split.labels] == [0, 1, 2]
-        assert all(path.endswith(f"{number:03d}.wav") for path in split.corpus.paths)
+        assert all(path.endswith(f"{number:03d}.wav") for path in split.corpus.paths())
 
 
 def test_blanks_and_a_byte_order_mark_in_a_table_are_ignored(tmp_path):
