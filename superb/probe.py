@@ -251,7 +251,9 @@ def identify(args, task, upstream, splits):
     identity["noise"] = splits[-1].noise_key
     for split in splits:
         labels = [label.tolist() for label in split.labels]
-        identity[split.name] = key(list(split.corpus.paths()), split.corpus.samples.tolist(), labels)
+        identity[split.name] = key(
+            list(split.corpus.paths()), split.corpus.samples.tolist(), labels
+        )
     return identity
 
 

@@ -110,7 +110,7 @@ def test_noise_for_distillation_is_not_that_of_the_evaluations(small):
         noise = Noise(find_corpus(small / name, ["."]), [0])
         assert len(noise.corpus) == 16
         assert noise.corpus.samples.min() > find_corpus(str(small), ["dev-clean"]).samples.max()
-        contents |= {(small / name / path).read_bytes() for path in noise.corpus.paths}
+        contents |= {(small / name / path).read_bytes() for path in noise.corpus.paths()}
     assert len(contents) == 32
 
 

@@ -164,7 +164,9 @@ def test_targets_are_cached_per_ensemble_and_code_and_used_again(job, tmp_path, 
     assert len(list(cache.iterdir())) == 5
 
 
-def test_content_decides_about_cached_targets_not_times_or_folders(job, tmp_path, monkeypatch):
+def test_content_decides_about_cached_targets_not_times_or_folders(
+    job, tmp_path, capsys, monkeypatch
+):
     shutil.copytree(job / "audio", tmp_path / "audio")
     settings = {"data": tmp_path / "audio", "cache": tmp_path / "cache", "steps": 1}
     distil(job, tmp_path / "first", **settings)
@@ -174,11 +176,12 @@ def test_content_decides_about_cached_targets_not_times_or_folders(job, tmp_path
     assert not calls
     other = write_audio(tmp_path / "other", [6000 + 397 * i for i in range(4)], seed=8)
     os.replace(other[3], tmp_path / "copy" / "003.flac")  # other audio of the same length
-    distil(job, tmp_path / "third", **settings | {"data": tmp_path / "copy"})
+    changed = settings | {"data": tmp_path / "copy"}
+    line = refusal(capsys, flags(job, tmp_path / "third", **changed))
+    assert "003.flac.0-7191.pt is of other audio than 003.flac is now; delete it" in line
+    next((tmp_path / "cache").rglob("003.flac*.pt")).unlink()
+    distil(job, tmp_path / "third", **changed)
     assert len(calls) == 3
-    calls.clear()
-    distil(job, tmp_path / "fourth", **settings)
-    assert not calls
 
 
 def test_a_damaged_target_counts_as_an_unreadable_utterance(job, tmp_path, capsys, monkeypatch):
@@ -205,7 +208,7 @@ def test_a_disk_without_room_is_an_error_before_the_teachers_run(
     calls = count_teacher_calls(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
     line = refusal(capsys, flags(job, tmp_path / "out", cache=tmp_path / "cache"))
-    assert "--cache" in line and "GB free" in line and not calls
+    assert "GB free; choose another folder" in line and not calls
 
 
 def test_targets_of_other_frames_are_not_cached(job, tmp_path, capsys):
