@@ -129,6 +129,8 @@ class Cache:
             check_now = number % SIGNAL_EVERY == 0 or number == longest
             signal = stop.received() if check_now else 0
             if signal:
+                if program.RANK == 0:
+                    print(f"{self.folder}: stopped; the same command resumes", flush=True)
                 raise SystemExit(128 + signal)
             if number < len(missing):
                 self.save(missing[number], compute(missing[number]))

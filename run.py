@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import time
+import warnings
 
 import torch
 
@@ -34,12 +35,27 @@ class Run:
             checkpoint.lock(self.folder)
         self.saved = checkpoint.load_latest(self.folder, CONTENT)
         self.start = self.saved["step"] if self.saved else 0
+        self.files_found = None  # audio files at the start of the run
         if self.saved:
             checkpoint.check_same(self.folder, self.saved["settings"], settings)
+            self.files_found = self.saved.get("files_found")
+            self.warn_of_new_files()
         elif RANK == 0:
             corpus = manifest.find_corpus(args.data, args.splits, args.max_seconds)
+            self.files_found = corpus.file_count() + len(corpus.skipped)
             manifest.warn_skipped(corpus.skipped)
             manifest.write_manifest(self.manifest, corpus)
+
+    def warn_of_new_files(self):
+        """A warning if the folder of a resumed run has more audio files than the run."""
+        args = self.args
+        if RANK > 0 or self.files_found is None or args.data.endswith(".tsv"):
+            return
+        with contextlib.suppress(FileNotFoundError):  # the audio may have moved
+            new = len(manifest.list_audio(args.data, args.splits)) - self.files_found
+            if new > 0:
+                text = f"{args.data}: {new} new audio files are not in this run"
+                warnings.warn(f"{text}; a run in another --out takes them")
 
     def corpus(self):
         """The Corpus of the manifest: what the run began with, wherever the audio is now."""
@@ -126,8 +142,8 @@ class Run:
         about = {"teachers": self.settings["--teachers"], "agg": args.agg, "layers": args.layers}
         about |= {"step": step, "data": os.path.basename(os.path.realpath(args.data))}
         save_student(student, os.path.join(self.folder, "student.pt"), **about)
-        content = {"step": step, "settings": self.settings, "student": student.state_dict()}
-        content["optimizer"] = self.optimizer.state_dict()
+        content = {"step": step, "settings": self.settings, "files_found": self.files_found}
+        content |= {"student": student.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(os.path.join(self.folder, "last.pt"), content, keep_previous=True)
 
 

@@ -38,37 +38,28 @@ def make_parser(description, task, **defaults):
     """The flags that all tasks share. task: sub-folder of --out; defaults: per flag."""
     parser = program.Parser(description.split("\n")[0])
     add = parser.add_argument
-    about = "a student.pt or its folder, a teacher's name or path, or fbank"
-    add("--upstream", required=True, help=about)
+    # fmt: off
+    add("--upstream", required=True,
+        help="a student.pt or its folder, a teacher's name or path, or fbank")
     add("--data", default="data/LibriSpeech", help="folder of the corpus")
     add("--out", help="folder of the run; if not given, beside a student.pt or in runs")
     add("--steps", type=program.count, default=100_000, help="optimizer steps")
     add("--batch-size", type=program.count, default=32, help="utterances per step")
-    add(
-        "--lr",
-        type=program.numbers,
-        default="1e-4",
-        help="Adam's learning rates, one probe per rate",
-    )
+    add("--lr", type=program.numbers, default="1e-4",
+        help="Adam's learning rates, one probe per rate")
     add("--lr-decay", action="store_true", help="decay each rate linearly to 0 over the steps")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto", help="as in train.py")
     add("--noise", metavar="DIR", help="folder of noise files, mixed into the test split")
     add("--snr", type=program.numbers, default="5", help="signal-to-noise ratio in dB, or low,high")
     add("--cache", metavar="DIR", help="folder of cached hidden states, for later runs too")
-    add(
-        "--workers",
-        type=program.whole,
-        default=min(4, program.cores()),
-        help="data-loading workers",
-    )
-    add("--seed", type=program.whole, default=0, help="of initial weights, data order and dropout")
+    add("--workers", type=program.whole, default=min(4, program.cores()),
+        help="data-loading workers")
+    add("--seed", type=program.whole, default=0,
+        help="seed of initial weights, data order and dropout")
     add("--log-every", type=program.count, default=100, help="steps between lines of progress")
-    add(
-        "--eval-every",
-        type=program.count,
-        default=1000,
-        help="steps between scores and checkpoints",
-    )
+    add("--eval-every", type=program.count, default=1000,
+        help="steps between scores and checkpoints")
+    # fmt: on
     parser.set_defaults(task=task, **defaults)
     return parser
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, flags_of, on_cpu
+from conftest import ROOT, flags_of, on_cpu, run
 
 import checkpoint
 import evaluate_pr
@@ -235,3 +235,44 @@ def test_each_teacher_is_the_best_at_something(tmp_path, monkeypatch):
     for teacher, (task, margin) in zip(train_teachers.TEACHERS, margins.items()):
         others = [name for name in train_teachers.TEACHERS if name != teacher]
         assert all(errors[teacher, task] + margin < errors[name, task] for name in others)
+
+
+# ------------------------------------------------------------------ python -m demo
+
+SHORT = {"STEPS": "30", "SID": "--steps 20 --batch-size 16", "PROCESSES": "1"}
+SHORT |= {"PR": "--steps 20 --batch-size 16"}
+
+
+def test_the_demo_prints_its_commands_and_a_table_after_each_row(tmp_path, monkeypatch):
+    splits = {"train-clean-100": (32, 4, 1), "dev-clean": (16, 2, 1), "test-clean": (8, 2, 1)}
+    splits |= {"speakers": (20, 2, 1)}
+    folder = tmp_path
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(speech, "write_corpus", lambda folder: write_corpus(folder, splits=splits))
+    speech.prepare()
+    done = run("-m", "demo", "--rows", "fbank,avg", "--tasks", "pr,pr-noise", cwd=folder, **SHORT)
+    assert done.returncode == 0, done.stderr
+    commands = [line for line in done.stdout.splitlines() if "python " in line]
+    assert len(commands) == 5 and sum("train.py" in line for line in commands) == 1
+    assert all(f"--{flag} " in commands[2] for flag in ("teachers", "heads", "valid", "cache"))
+    assert done.stdout.count("PR at 0 dB (PER, ↓)") == 2
+    assert "average of three" in done.stdout.split("PR at 0 dB (PER")[-1]
+    assert "valid 0." in done.stdout and (folder / "runs/demo/results.md").exists()
+    assert {path.name for path in folder.iterdir()} == {"data", "runs"}
+    again = run("-m", "demo", "--rows", "fbank,avg", "--tasks", "pr,pr-noise", cwd=folder, **SHORT)
+    assert again.returncode == 0 and "step 1/30" not in again.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_an_ensemble_is_for(tmp_path):
+    done = run("-m", "demo", cwd=tmp_path, OMP_NUM_THREADS="2")
+    assert done.returncode == 0, done.stderr
+
+    def score(row, task):
+        path = tmp_path / f"runs/demo/{row}/seed-0/{task}/result.json"
+        result = json.loads(path.read_text())
+        return 100 * result[result["metric"].lower()]
+
+    assert score("avg", "pr") < min(score("wavlm", "pr"), score("fbank", "pr")) - 5
+    assert score("avg", "sid") > max(score("hubert", "sid"), score("fbank", "sid")) + 10
+    assert score("avg", "pr") < 0.2 * score("untrained", "pr")

@@ -482,8 +482,10 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     distil(job, tmp_path / "out", **settings, save_every=2)
     os.replace(tmp_path / "out" / "last.pt.old", tmp_path / "out" / "last.pt")
     write_audio(tmp_path / "audio" / "more", [6000])
-    found = distil(job, tmp_path / "out", **settings)
-    assert_equal_student(found, expected)
+    capsys.readouterr()
+    resumed = distil(job, tmp_path / "out", **settings)
+    assert_equal_student(resumed, expected)
+    assert "1 new audio files are not in this run" in capsys.readouterr().err
     lines = (tmp_path / "out/manifest.tsv").read_text().splitlines()
     settings["data"] = tmp_path / "list.tsv"
     settings["data"].write_text("\n".join(lines))
