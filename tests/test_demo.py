@@ -257,7 +257,7 @@ def test_the_demo_prints_its_commands_and_a_table_after_each_row(tmp_path, monke
     assert all(f"--{flag} " in commands[2] for flag in ("teachers", "heads", "valid", "cache"))
     assert done.stdout.count("PR at 0 dB (PER, ↓)") == 2
     assert "average of three" in done.stdout.split("PR at 0 dB (PER")[-1]
-    assert "valid 0." in done.stdout and (folder / "runs/demo/results.md").exists()
+    assert "  valid " in done.stdout and (folder / "runs/demo/results.md").exists()
     assert {path.name for path in folder.iterdir()} == {"data", "runs"}
     again = run("-m", "demo", "--rows", "fbank,avg", "--tasks", "pr,pr-noise", cwd=folder, **SHORT)
     assert again.returncode == 0 and "step 1/30" not in again.stdout
