@@ -34,6 +34,13 @@ def small(tmp_path):
     return manifest.find_corpus(tmp_path / "audio", ["."], max_seconds=0.5)
 
 
+@pytest.mark.parametrize("offset", [0, 27, 67])  # in standard deviations
+def test_eight_bits_lose_less_than_a_hundredth_of_a_deviation_whatever_the_offset(offset):
+    x = torch.randn(800, 4, generator=torch.Generator().manual_seed(0)) + offset
+    error = cache.dequantize(**cache.quantize(x)) - x
+    assert (error.square().mean(0).sqrt() < 0.01 * x.std(0)).all()
+
+
 def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(
     small, tmp_path, monkeypatch
 ):
