@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import noise, random_encoder
+from conftest import ROOT, noise, random_encoder
 
 import aggregate
 from aggregate import Ensemble
@@ -89,6 +89,15 @@ def test_an_aggregation_of_a_readers_own_is_one_function(monkeypatch):
     ensemble = Ensemble({"a": Ramp(), "b": Ramp()}, BOTH, "deepest")
     assert ensemble.heads == [("target1", 4)]
     assert torch.equal(ensemble(noise(1, 720))[0][0, :, 0], torch.tensor([0.0, 8.0]))
+
+
+def test_the_readmes_aggregation_works_as_it_is_written(monkeypatch):
+    blocks = (ROOT / "README.md").read_text().split("```python\n")
+    (block,) = [block.split("```")[0] for block in blocks if "AGGREGATIONS[" in block]
+    monkeypatch.setattr(aggregate, "AGGREGATIONS", dict(aggregate.AGGREGATIONS))
+    exec(block, vars(aggregate))
+    states = [[torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 4)], [torch.ones(1, 2, 4)]]
+    assert float(aggregate.AGGREGATIONS["last"](states)[0][0, 0, 0]) == pytest.approx(2 / 4)
 
 
 def no_batch(states):
