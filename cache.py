@@ -14,8 +14,7 @@ import checkpoint
 import data
 import program
 
-# Of the targets: raise it if a change of encoder.py or of quantize() changes them.
-VERSION = 1
+VERSION = 1  # raise it if encoder.py or quantize() changes the targets
 SIGNAL_EVERY = 16  # utterances
 
 
@@ -93,14 +92,21 @@ class Cache:
         progress = program.Progress("cached files", len(share))
         missing, cached = [], []
         for number, i in enumerate(share, start=1):
-            (cached if os.path.exists(self.path(i)) else missing).append(i)
+            if os.path.exists(self.path(i)):
+                cached.append(i)
+            else:
+                missing.append(i)
             progress.show(number)
         for i in cached[:: len(cached) // 100 + 1]:
-            saved = audio = None
-            with contextlib.suppress(OSError, ValueError):  # reported when training reads them
-                saved, audio = self.load(i, "audio"), audio_hash(self.corpus, i)
-            if saved != audio:
-                problem = f"{self.path(i)} is of other audio than {self.corpus.path(i)} is now"
+            try:
+                is_same = self.load(i, "audio") == audio_hash(self.corpus, i)
+            except ValueError:  # damaged, and deleted
+                missing.append(i)
+                continue
+            except OSError:  # reported when training reads it
+                continue
+            if not is_same:
+                problem = f"{self.path(i)} was computed from other audio than {self.corpus.path(i)}"
                 raise ValueError(f"{problem}; delete it, or choose another folder")
         return missing
 
@@ -124,7 +130,7 @@ class Cache:
             if program.RANK == 0:
                 print(message, flush=True)
         progress = program.Progress(name, len(missing))
-        for number in range(longest + 1):
+        for number in range(longest + 1):  # the last turn is for a signal alone
             # All ranks check for a signal to any of them, after equally many utterances.
             check_now = number % SIGNAL_EVERY == 0 or number == longest
             signal = stop.received() if check_now else 0

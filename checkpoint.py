@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 # Of file systems without locks: NFS without lockd, gluster, FUSE.
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
-locks = {}  # folder: FileLock; without a reference a lock would be released
+locks = {}  # folder: FileLock; keeps each lock referenced, else it is released
 
 
 # ------------------------------------------------------------------ files
@@ -75,9 +75,10 @@ def load(path, mmap=False):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the formats of old files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (FileNotFoundError, PermissionError):
-        raise
     except Exception as error:  # a damaged file can raise nearly anything
+        invalid_seek = isinstance(error, OSError) and error.errno == errno.EINVAL
+        if isinstance(error, (OSError, MemoryError)) and not invalid_seek:
+            raise  # not the file's fault
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from error
 
@@ -110,7 +111,7 @@ def load_latest(folder, keys):
     """The newest undamaged checkpoint of a run, a dict with all `keys`; None if there are no files.
 
     A damaged last.pt is named in a warning, and renamed to last.pt.damaged if last.pt.old is
-    undamaged: the next save would replace that by it. Raises ValueError if none is undamaged.
+    undamaged: else the next save would make it last.pt.old. Raises ValueError if none is undamaged.
     """
     newest = os.path.join(folder, "last.pt")
     paths = [path for path in (newest, f"{newest}.old") if os.path.exists(path)]

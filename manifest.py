@@ -35,7 +35,7 @@ class Corpus:
 
     def __init__(self, root, rows, skipped=()):
         self.root, self.skipped = root, dict(skipped)
-        # All paths in one array: of strings, every worker would copy those that it reads.
+        # One array: reading Python strings in a forked worker copies their memory.
         self.text, numbers = bytearray(), array("q")
         for path, *start, length in rows:
             numbers.extend([len(self.text), start[0] if start else 0, length, not start])
@@ -93,7 +93,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     are skipped. "." as split is the whole folder. Raises FileNotFoundError and ValueError.
     """
     corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
-    longest = int(corpus.samples.max())
+    longest = max(1, int(corpus.samples.max()))
     if max_seconds is not None:
         longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
         if longest < 2 * MIN_SAMPLES:
@@ -106,11 +106,9 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     pieces = corpus.part(indices)
     if not pieces:
         raise ValueError(f"{data}: no audio to train on")
-    # Pieces are numbered from 0 per utterance.
-    counts, numbers = (
-        counts[indices],
-        np.arange(len(indices)) - (np.cumsum(counts) - counts)[indices],
-    )
+    firsts = np.cumsum(counts) - counts  # row of the first piece, per utterance
+    numbers = np.arange(len(indices)) - firsts[indices]  # of pieces, from 0 per utterance
+    counts = counts[indices]
     first = numbers * pieces.samples // counts
     pieces.starts += first
     pieces.samples = (numbers + 1) * pieces.samples // counts - first

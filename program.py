@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# Torchrun's or another launcher's; alone, a process is rank 0, whatever it inherits from a job.
+# Set by torchrun. Without RANK, or with a WORLD_SIZE of 1, the process is rank 0.
 is_alone = not os.environ.get("RANK") or os.environ.get("WORLD_SIZE") in (None, "", "1")
 ranks = {} if is_alone else os.environ
 RANK = int(ranks.get("RANK", 0))
@@ -47,6 +47,9 @@ def run(program):
         program()
     except SystemExit as end:
         code = end.code or 0
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
     except Exception:
@@ -118,8 +121,8 @@ def join():
 def agree(store, nonce):
     """The nonce of rank 0 as a name for this start, once all ranks have read it; until then None.
 
-    After --max-restarts, torchrun's store still holds the addresses of the dead ranks (pytorch
-    issue 135712), and what else they wrote. nonce: of this process.
+    Rank 0 publishes the nonces that it has read; a rank accepts a list with its own nonce. So the
+    keys of ranks that died before --max-restarts have no effect (pytorch issue 135712).
     """
     store.set(f"nonce of {RANK}", nonce)
     if RANK == 0:
@@ -197,7 +200,9 @@ def precision(requested, device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         supported = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
-        native = any(map(supported.get, ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")))
+        native = any(
+            supported.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+        )
     return "bf16" if native else "fp32"
 
 
@@ -249,20 +254,25 @@ class StopSignal:
         return int(number)
 
 
+def say(text):
+    """Prints a line, unless the terminal, or tee, is gone: Ctrl-C ends tee too."""
+    with contextlib.suppress(OSError):
+        print(text, flush=True)
+
+
 class Progress:
-    """Of a long loop, prints a line at least every 30 s with the time that is left, on rank 0."""
+    """Of a long loop, prints a line about every 20 s with the time that is left, on rank 0."""
 
     def __init__(self, name, total, start=0):
         self.name, self.total, self.start = name, total, start
         self.started = self.printed = time.monotonic()
 
     def show(self, number):
-        """After each item, and whenever a line was printed otherwise; number: items so far."""
+        """Call it after each item; number: of items so far."""
         now = time.monotonic()
         if RANK == 0 and now - self.printed > 20:
             self.printed = now
-            with contextlib.suppress(OSError):
-                print(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}", flush=True)
+            say(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}")
 
     def left(self, number):
         """Such as "90 s left" or "3 min left"."""
@@ -347,6 +357,6 @@ def one_line_errors():
             text = " ".join(messages[0].split())
             print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
         elif not dist.is_initialized():
-            time.sleep(10)  # as below
-        gather(None)  # until rank 0 has printed: torchrun ends all ranks as soon as one exits
+            time.sleep(10)  # rank 0 prints first: torchrun ends all ranks as soon as one exits
+        gather(None)  # until rank 0 has printed
         sys.exit(2)

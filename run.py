@@ -35,7 +35,7 @@ class Run:
             checkpoint.lock(self.folder)
         self.saved = checkpoint.load_latest(self.folder, CONTENT)
         self.start = self.saved["step"] if self.saved else 0
-        self.files_found = None  # audio files at the start of the run
+        self.files_found = self.new_corpus = None  # at the start of the run
         if self.saved:
             checkpoint.check_same(self.folder, self.saved["settings"], settings)
             self.files_found = self.saved.get("files_found")
@@ -45,6 +45,7 @@ class Run:
             self.files_found = corpus.file_count() + len(corpus.skipped)
             manifest.warn_skipped(corpus.skipped)
             manifest.write_manifest(self.manifest, corpus)
+            self.new_corpus = corpus
 
     def warn_of_new_files(self):
         """A warning if the folder of a resumed run has more audio files than the run."""
@@ -59,6 +60,8 @@ class Run:
 
     def corpus(self):
         """The Corpus of the manifest: what the run began with, wherever the audio is now."""
+        if self.new_corpus:
+            return self.new_corpus
         root = self.args.data
         if root.endswith(".tsv"):
             root = manifest.read_root(root)
@@ -86,7 +89,7 @@ class Run:
             print(f"{self.folder}: {verb} {self.start} of {self.args.steps}", flush=True)
 
     def after_step(self, step, batch, terms, norm, held_out_terms):
-        """Warnings, metrics, a checkpoint; ends the program on a signal, all ranks after one step.
+        """Prints warnings and metrics, saves; on a signal all ranks exit after the same step.
 
         terms: per part of the batch (2, heads), L1 and cosine.
         held_out_terms: the mean over held-out batches, or None.
@@ -112,9 +115,8 @@ class Run:
             self.save(step)
         if signal:
             if RANK == 0:
-                text = f"{self.folder}: step {step} is saved, the same command resumes there"
-                with contextlib.suppress(OSError):  # the terminal, or tee, may be gone
-                    print(text, flush=True)
+                program.say(f"{self.folder}: step {step} is saved, the same command resumes there")
+            program.gather(None)  # until rank 0 has saved: torchrun ends all as soon as one exits
             raise SystemExit(128 + signal)
 
     def report_skipped(self):
@@ -129,7 +131,7 @@ class Run:
             manifest.check_skipped(skipped, total, kind)
 
     def end(self):
-        """After the loop. A run of 0 steps saves its initial student."""
+        """Prints the student's path, after the loop; saves it if the run had no steps."""
         if RANK == 0:
             student = os.path.join(self.folder, "student.pt")
             if self.args.steps == 0 or not os.path.exists(student):
@@ -183,8 +185,7 @@ class Log:
             row["valid"], row["valid_l1"], row["valid_cosine"] = self.loss(held_out_terms)
             text += f"  valid {row['valid']:.4f}"
         text += f"  {audio / seconds:.3g} s of audio/s  {left}"
-        with contextlib.suppress(OSError):  # tee may have ended: Ctrl-C ends it too
-            print(f"step {step}/{self.args.steps}  {text}", flush=True)
+        program.say(f"step {step}/{self.args.steps}  {text}")
         self.progress.printed = time.monotonic()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")

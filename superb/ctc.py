@@ -1,7 +1,9 @@
-"""CTC and transcripts: what phoneme recognition and speech recognition share."""
+"""CTC, transcripts and lexicons, for phoneme recognition and speech recognition."""
 
 import argparse
+import itertools
 import os
+import re
 import unicodedata
 
 import numpy as np
@@ -88,3 +90,91 @@ def edit_distances(references, hypotheses):
     """(edit distances, lengths of the references), two arrays, from lists of lists of symbols."""
     errors = map(torchaudio.functional.edit_distance, references, hypotheses)
     return np.array(list(errors)), np.array(list(map(len, references)))
+
+
+# ------------------------------------------------------------------ lexicons
+
+# 1 is the only integer, since X-SAMPA has phones such as 2 and 9.
+PROBABILITY = re.compile(r"1|[0-9]*\.[0-9]+(e-?[0-9]+)?|[0-9]+(\.|e-?[0-9]+)")
+
+
+def read_lexicon(paths):
+    """{WORD: [phone, ...]}, the first pronunciation of each word, in capitals.
+
+    Reads the forms of LibriSpeech, CMUdict (comments, variants such as WORD(2)), HTK (a column
+    [OUTPUT] before the phones), and Kaldi and the Montreal Forced Aligner (probabilities before the
+    phones). Raises OSError, and ValueError for other forms.
+    """
+    lexicon = {}
+    for path in paths:
+        if not os.path.isfile(path):
+            source = "LibriSpeech's is at www.openslr.org/resources/11/librispeech-lexicon.txt"
+            raise FileNotFoundError(f"{path}: no such lexicon; {source}")
+        entries = read_entries(path)
+        single = [phones[0] for _, phones in entries if len(phones) == 1]
+        if len(single) > len(entries) / 2:
+            problem = f"most words have one symbol, such as {single[0]!r}"
+            raise ValueError(f"{path}: {problem}; write spaces between the phones")
+        for word, phones in entries:
+            lexicon.setdefault(word, phones)
+    if not lexicon:
+        raise ValueError(f"{', '.join(paths)}: an empty lexicon")
+    return lexicon
+
+
+def read_entries(path):
+    """[(WORD, [phone, ...])] of a lexicon; of several pronunciations on a line, the first.
+
+    Columns are interpreted for the whole file at once. Raises ValueError.
+    """
+    lines = []  # (line number, WORD, text after it)
+    for number, line in manifest.read_lines(path):
+        line = normalize(line.strip())
+        if not re.match(r";;;|#+(\s|$)", line):  # comments
+            word, *text = re.sub(r"\s#", " #", line).split(None, 1)
+            word = re.sub(r"\([0-9]+\)$", "", word).upper()
+            lines.append((number, word, re.sub(r"^\[\S*\]\s+", "", "".join(text))))
+    # A first number is a probability if every line has one, else a phone.
+    columns = min((count_probabilities(text) for *_, text in lines if text), default=0)
+    texts = [re.sub(rf"^(\S+\s*){{{columns}}}", "", text) for *_, text in lines]
+    separator = r"\t|,\s|,$" if any(map(has_tabs_and_spaces, texts)) else r",\s|,$"
+    firsts = [re.split(separator, text)[0].strip() for text in texts]
+    firsts = [re.sub(r"^[/[](.*)[]/]$", r"\1", text) for text in firsts]  # as IPA is written
+    parts = [f" {text}".split(" #", 1) for text in firsts]
+    known = {phone for part in parts for phone in part[0].split()}
+    entries = []
+    for (number, word, text), (phones, *after) in zip(lines, parts):
+        phones, place = phones.split(), f"{path}, line {number}"
+        if after:
+            phones += phones_after_hash(after[0], known, place)
+        if not phones or any(p != "1" and PROBABILITY.fullmatch(p) for p in phones):
+            problem = "a number, but not in every line" if phones else "no phones"
+            raise ValueError(f"{place}: {problem}; write WORD PHONE ...: {f'{word} {text}'[:50]!r}")
+        entries.append((word, phones))
+    return entries
+
+
+def count_probabilities(text):
+    """Number of probabilities before the first other symbol."""
+    return len(list(itertools.takewhile(PROBABILITY.fullmatch, text.split())))
+
+
+def has_tabs_and_spaces(text):
+    """Whether tabs separate pronunciations, since spaces separate phones."""
+    fields = [field.split(" #")[0].strip() for field in text.split("\t")]
+    return len(fields) > 1 and any(" " in field for field in fields)
+
+
+def phones_after_hash(text, known, place):
+    """The phones after a #: a boundary of syllables, if only `known` phones follow, or a comment.
+
+    Raises ValueError if it may be both.
+    """
+    symbols = [symbol for symbol in text.split() if symbol != "#"]
+    if text[:1].isdigit():  # Kaldi's #1
+        return []
+    if known.issuperset(symbols):
+        return symbols
+    if any(re.search(r"[^\W\d_]{3}", symbol) for symbol in set(symbols) - known):
+        return []
+    raise ValueError(f"{place}: {f'#{text}'[:50]!r} may be phones or a comment; remove the #")

@@ -69,6 +69,8 @@ def main(parser, evaluate_upstream, arguments):
     program.init()
     with program.one_line_errors():
         args = parser.parse_args(arguments)
+        if len(set(args.lr)) < len(args.lr):
+            raise ValueError(f"--lr {args.lr}: a rate is given twice")
         if program.WORLD_SIZE > 1:
             raise ValueError("an evaluation is one process: run it without torchrun, unset RANK")
     student = os.path.join(args.upstream, "student.pt")
@@ -129,15 +131,16 @@ class Sweep:
             probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
             self.probes.append(probe)
             self.optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
-        self.step, seconds, self.best = 0, 0.0, None
+        self.step, self.best = 0, None
+        seconds = 0.0
         self.curves = {f"{lr:g}": [] for lr in args.lr}
         saved = checkpoint.load_latest(args.out, CONTENT)
         if saved:
-            # Noise is only in the test split.
-            training = {name: value for name, value in identity.items() if name != "noise"}
-            checkpoint.check_same(args.out, saved["identity"], training)
-            self.step, seconds, self.best = saved["step"], saved["seconds"], saved["best"]
-            self.curves = saved["curves"]
+            # Noise is only in the test split, so that probes may be scored with another.
+            unchanged = identity | {"noise": saved["identity"].get("noise")}
+            checkpoint.check_same(args.out, saved["identity"], unchanged)
+            self.step, self.best = saved["step"], saved["best"]
+            self.curves, seconds = saved["curves"], saved["seconds"]
             for probe, state in zip(self.probes, saved["probes"]):
                 probe.load_state_dict(state)
             for optimizer, state in zip(self.optimizers, saved["optimizers"]):
@@ -178,7 +181,7 @@ class Sweep:
             errors, totals = self.task.count(references, hypotheses)
             score = float(errors.sum() / totals.sum())
             self.curves[f"{lr:g}"].append([self.step, score])
-            print(f"step {self.step}: {metric} {score:.2%} on {dev.name}, --lr {lr:g}", flush=True)
+            program.say(f"step {self.step}: {metric} {score:.2%} on {dev.name}, --lr {lr:g}")
             if not self.best or sign * score > sign * self.best["score"]:
                 weights = {name: w.cpu().clone() for name, w in probe.state_dict().items()}
                 self.best = {"score": score, "step": self.step, "lr": lr, "probe": weights}
@@ -270,7 +273,7 @@ def train_probes(sweep, batches, train, dev, stop):
         is_last = step == args.steps
         if is_last or step % args.log_every == 0:
             means = np.mean(losses, axis=0).round(4)
-            print(f"step {step}/{args.steps}  loss {means}  {progress.left(step)}", flush=True)
+            program.say(f"step {step}/{args.steps}  loss {means}  {progress.left(step)}")
             losses, progress.printed = [], time.monotonic()
         else:
             progress.show(step)
@@ -280,7 +283,7 @@ def train_probes(sweep, batches, train, dev, stop):
         if score_now or stopping:
             sweep.save()
         if stopping:
-            print(f"{args.out}: stopped after step {step}; the same command resumes", flush=True)
+            program.say(f"{args.out}: stopped after step {step}; the same command resumes")
             raise SystemExit(128 + stop.number)
 
 
@@ -304,7 +307,7 @@ def score_best(sweep, splits, stop):
     result["counts"] = {split.name: split.counts for split in splits}
     result["seconds"] = round(sweep.seconds(), 2)
     result |= {"settings": vars(args), "identity": sweep.identity, "torch": torch.__version__}
-    if len(args.lr) > 1 and best["lr"] in (min(args.lr), max(args.lr)):
+    if len(args.lr) > 2 and best["lr"] in (min(args.lr), max(args.lr)):
         warnings.warn(
             f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it"
         )

@@ -150,3 +150,19 @@ def test_two_containers_can_save_one_file_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", save_twice)
     checkpoint.save(path, torch.tensor(5))
     assert int(checkpoint.load(path)) == 5 and os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_a_disk_that_fails_to_read_is_no_damaged_checkpoint(tmp_path, monkeypatch):
+    for step in (4, 5):
+        checkpoint.save(tmp_path / "last.pt", {"step": step}, keep_previous=True)
+
+    def failing(*args, **settings):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(torch, "load", failing)
+        checkpoint.load_latest(tmp_path, ["step"])
+    assert checkpoint.load_latest(tmp_path, ["step"])["step"] == 5
+    torch.save(torch.zeros(2), tmp_path / "last.pt")
+    with pytest.warns(UserWarning, match="last.pt"):
+        assert checkpoint.load_latest(tmp_path, ["step"])["step"] == 4

@@ -382,7 +382,7 @@ def test_each_rate_of_a_sweep_gives_what_it_gives_alone(corpus, whole, tmp_path)
 
 
 def test_diverged_rate_is_not_updated_and_does_not_stop_the_others(corpus, tmp_path, capsys):
-    result = score(corpus, tmp_path / "with", lr="1e30,1e-2")
+    result = score(corpus, tmp_path / "with", lr="1e30,1e29,1e-2")
     warning = f"the best --lr, {result['lr']:g}, is the lowest or highest"
     assert warning in capsys.readouterr().err
     alone = score(corpus, tmp_path / "without", lr="1e-2")
@@ -521,3 +521,22 @@ def test_defaults_are_those_of_superb(task, steps, lr, capsys):
     with pytest.raises(SystemExit):
         program.make_parser().parse_args(["--help"])
     assert capsys.readouterr().out.count("default: ") >= 12
+
+
+def test_a_stopped_evaluation_in_noise_resumes(corpus, whole, upstreams, tmp_path, monkeypatch):
+    write_audio(tmp_path / "noise", [9000, 70000])
+    settings = {"upstream": upstreams / "student.pt", "noise": tmp_path / "noise", "snr": 0}
+    whole_result = score(corpus, tmp_path / "whole", **settings)
+    loss, losses = evaluate_pr.ctc_loss, []
+
+    def stop_in_step_6(*arguments):
+        losses.append(loss(*arguments))
+        if len(losses) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_pr.PhonemeRecognition, "loss", staticmethod(stop_in_step_6))
+        with pytest.raises(SystemExit, match="143"):
+            score(corpus, tmp_path / "stopped", **settings)
+    assert score(corpus, tmp_path / "stopped", **settings)["per"] == whole_result["per"]

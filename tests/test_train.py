@@ -178,7 +178,7 @@ def test_content_decides_about_cached_targets_not_times_or_folders(
     os.replace(other[3], tmp_path / "copy" / "003.flac")  # other audio of the same length
     changed = settings | {"data": tmp_path / "copy"}
     line = refusal(capsys, flags(job, tmp_path / "third", **changed))
-    assert "003.flac.0-7191.pt is of other audio than 003.flac is now; delete it" in line
+    assert "003.flac.0-7191.pt was computed from other audio than 003.flac; delete it" in line
     next((tmp_path / "cache").rglob("003.flac*.pt")).unlink()
     distil(job, tmp_path / "third", **changed)
     assert len(calls) == 3
