@@ -117,19 +117,21 @@ def load_latest(folder, keys):
     paths = [path for path in (newest, f"{newest}.old") if os.path.exists(path)]
     for path in paths:
         try:
-            checkpoint = load(path)
-            missing = [key for key in keys if key not in checkpoint]
+            content = load(path)
+            missing = (
+                keys if not isinstance(content, dict) else [k for k in keys if k not in content]
+            )
             if missing:
                 raise ValueError(f"{path}: not a checkpoint of this program, no {missing[0]} in it")
         except FileNotFoundError:  # renamed by another rank, as below
             continue
-        except (ValueError, TypeError) as error:
-            warnings.warn(str(error), stacklevel=2)
+        except ValueError as error:
+            warnings.warn(str(error))
             continue
         if path != newest and newest in paths:
             with contextlib.suppress(OSError):
                 os.replace(newest, f"{newest}.damaged")
-        return checkpoint
+        return content
     if paths:
         remedy = "move last.pt* away to start again, or choose another folder"
         raise ValueError(f"{folder}: no undamaged checkpoint; {remedy}")
