@@ -118,9 +118,8 @@ def load_latest(folder, keys):
     for path in paths:
         try:
             content = load(path)
-            missing = (
-                keys if not isinstance(content, dict) else [k for k in keys if k not in content]
-            )
+            available = content if isinstance(content, dict) else ()
+            missing = [key for key in keys if key not in available]
             if missing:
                 raise ValueError(f"{path}: not a checkpoint of this program, no {missing[0]} in it")
         except FileNotFoundError:  # renamed by another rank, as below
