@@ -41,7 +41,8 @@ class TrainBatches(torch.utils.data.Dataset):
 
     def __init__(self, corpus, batch_size, seed=0, rank=0, world_size=1, noise=None):
         if batch_size > len(corpus):
-            raise ValueError(f"a batch of {batch_size} is more than the {len(corpus)} utterances")
+            problem = f"a batch of {batch_size} utterances, but the audio has {len(corpus)}"
+            raise ValueError(f"{problem}; make it smaller")
         self.corpus, self.batch_size, self.seed = corpus, batch_size, seed
         share = batch_size // world_size
         self.columns = range(rank * share, (rank + 1) * share)
