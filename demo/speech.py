@@ -9,6 +9,7 @@ import soundfile
 from filelock import FileLock
 
 import checkpoint
+import program
 from data import SAMPLE_RATE, read_audio
 
 DATA = "data/demo"
@@ -27,6 +28,7 @@ def prepare():
     with FileLock(f"{DATA}.lock"):
         if os.path.isdir(DATA):
             return
+        print(f"{DATA}: writing synthetic speech, for half a minute", flush=True)
         shutil.rmtree(f"{DATA}.partial", ignore_errors=True)
         write_corpus(f"{DATA}.partial")
         write_tables(f"{DATA}.partial")
@@ -119,7 +121,8 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(10, 30)):
     splits: {name: (utterances, speakers, rooms)}; no two splits share a speaker or a room.
     decibels: range of the signal-to-noise ratio.
     """
-    speaker = 100
+    speaker, written = 100, 0
+    progress = program.Progress("utterances", sum(sizes[0] for sizes in splits.values()))
     for split, (utterances, *sizes) in splits.items():
         voices, rooms, rng = make_voices(split, *sizes, seed)
         for voice in voices:
@@ -136,6 +139,8 @@ def write_corpus(folder, seed=0, splits=SPLITS, decibels=(10, 30)):
                 audio = (audio * 32767).astype(np.int16)
                 soundfile.write(f"{chapter}/{name}.flac", audio, SAMPLE_RATE, subtype="PCM_16")
                 lines.append(f"{name} {' '.join(words)}\n")
+                written += 1
+                progress.show(written)
             checkpoint.save(f"{chapter}/{speaker}-1.trans.txt", "".join(lines))
     lines = [f"{word}\t{phonemes}\n" for word, phonemes in sorted(WORDS.items())]
     checkpoint.save(f"{folder}/lexicon.txt", "".join(lines))
