@@ -322,6 +322,8 @@ def find_held_out(args, corpus):
     shared = set(audio.paths()).intersection(corpus.paths())
     if shared:
         raise ValueError(f"--valid {args.valid}: {min(shared)} is in the training audio too")
+    if len(audio) < args.batch_size:
+        raise ValueError(f"--valid {args.valid}: only {len(audio)} utterances, under --batch-size")
     return data.TrainBatches(audio, args.batch_size, 0, RANK, WORLD_SIZE)
 
 
