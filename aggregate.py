@@ -45,7 +45,7 @@ AGGREGATIONS = {"avg": average, "concat": concatenate, "none": separate}
 
 
 class Ensemble:
-    """Frozen teachers, as one network from waveforms to targets.
+    """Frozen teachers in eval mode, as one network from waveforms to targets.
 
     teachers: {name: network}. A network needs `config.layers`, `config.dim` and
         `config.conv_layers` [(channels, kernel, stride), ...], as an EncoderConfig has, and
@@ -54,6 +54,7 @@ class Ensemble:
     layers: numbers of hidden states, one list for all teachers, or one equally long per teacher.
     agg: a key of AGGREGATIONS. weights: of the teachers in an average, or None.
     heads: [(name, target dim), ...], a prediction head of the student per target.
+    example: the targets that the aggregation makes of small whole numbers in place of states.
     Raises ValueError for a layer that a teacher lacks, for frames that differ between teachers,
     and for dims that cannot be aggregated.
     """
@@ -77,7 +78,8 @@ class Ensemble:
                 raise ValueError(f"{given}; choose the layers of the heads from 1 to {highest}")
             if [conv[1:] for conv in teacher.config.conv_layers] != first_frames:
                 raise ValueError(f"{name}: its frames differ from those of {self.names[0]}")
-        self.heads = self.find_heads()
+        self.example = self.aggregate_example()
+        self.heads = [(name, x.shape[2]) for name, x in zip(self.head_names(), self.example)]
 
     @torch.no_grad()
     def __call__(self, waveforms):
@@ -91,33 +93,41 @@ class Ensemble:
         """One target per head, from all of them along the last dimension, as they are cached."""
         return targets.split([dim for _, dim in self.heads], dim=-1)
 
-    def find_heads(self):
-        """The heads, from the targets that the aggregation makes of zeros.
-
-        Names: with a target per layer "layer4", or "layer4-8" if the layers differ between
-        teachers; with a target per teacher and layer "wavlm.layer4"; with others "target1".
-        """
+    def aggregate_example(self):
+        """The example. Raises ValueError if the aggregation fails or changes batch or frames."""
         dims = [teacher.config.dim for teacher in self.teachers]
-        zeros = [[torch.zeros(1, 2, dim)] * len(self.layers[0]) for dim in dims]
+        states = []
+        for number, dim in enumerate(dims, start=2):
+            numbers = number * torch.arange(2.0 * dim).view(1, 2, dim)
+            states.append([numbers % (7 + layer) for layer in range(len(self.layers[0]))])
         function = f"aggregate.py: {self.aggregation.__name__}"
         try:
-            targets = self.aggregation(zeros, **self.options)
+            targets = self.aggregation(states, **self.options)
             shapes = [tuple(target.shape) for target in targets]
         except Exception as error:
             teachers = ", ".join(f"{name} {dim}" for name, dim in zip(self.names, dims))
-            reason = f"{type(error).__name__}: {error}"[:60]
-            raise ValueError(f"{function} fails for dims {teachers} ({reason})") from error
-        names = [f"target{number}" for number in range(1, len(shapes) + 1)]
-        if len(shapes) == len(self.layers[0]):
+            reason = f"{type(error).__name__}: {error}"[:100]
+            raise ValueError(
+                f"{function} fails for teachers of dims {teachers}: {reason}"
+            ) from error
+        for shape in shapes:
+            if len(shape) != 3 or shape[:2] != (1, 2):
+                problem = f"{function} gives a target of shape {shape}"
+                raise ValueError(f"{problem}, not (1, 2, dim), for states of 1 batch, 2 frames")
+        return targets
+
+    def head_names(self):
+        """With a target per layer "layer4", or "layer4-8" if the layers differ between teachers;
+        with a target per teacher and layer "wavlm.layer4"; with others "target1".
+        """
+        count = len(self.example)
+        if count == len(self.layers[0]):
             names = []
             for numbers in zip(*self.layers):  # of all teachers
                 numbers = numbers[:1] if len(set(numbers)) == 1 else numbers
                 names.append("layer" + "-".join(map(str, numbers)))
-        elif len(shapes) == sum(map(len, self.layers)):
+            return names
+        if count == sum(map(len, self.layers)):
             pairs = zip(self.names, self.layers)
-            names = [f"{name}.layer{number}" for name, numbers in pairs for number in numbers]
-        for name, shape in zip(names, shapes):
-            if len(shape) != 3 or shape[:2] != (1, 2):
-                problem = f"{function} gives {name} the shape {shape}"
-                raise ValueError(f"{problem}, not (1, 2, dim), for states of 1 batch, 2 frames")
-        return [(name, shape[2]) for name, shape in zip(names, shapes)]
+            return [f"{name}.layer{number}" for name, numbers in pairs for number in numbers]
+        return [f"target{number}" for number in range(1, count + 1)]

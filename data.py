@@ -249,7 +249,9 @@ def read_audio(path, start=0, samples=None, file_samples=None):
         divisor = math.gcd(rate, SAMPLE_RATE)
         # Every `down` samples of the file become `up`; the filter is shorter than ten such blocks.
         up, down = SAMPLE_RATE // divisor, rate // divisor
-        first_block = max(0, start // up - 10)
+        # A frame of an MP3 may need the nine before it, of 1152 samples each.
+        margin = 10 + (12_000 // down if file.format == "MP3" else 0)
+        first_block = max(0, start // up - margin)
         end_block = (start + samples) // up + 11
         offset = min(first_block * down, file.frames)
         if file.seekable():

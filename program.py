@@ -300,8 +300,8 @@ class Parser(argparse.ArgumentParser):
 
 def count(text, lowest=1):
     """Flag type: a whole number from 1, or from `lowest`."""
-    if int(text) < lowest:
-        raise argparse.ArgumentTypeError(f"{text}: must be at least {lowest}")
+    if not text.removeprefix("-").isdecimal() or int(text) < lowest:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least {lowest}")
     return int(text)
 
 
@@ -325,10 +325,14 @@ def fraction(text):
 
 def at_least_0(text, highest=math.inf):
     """Flag type: a number from 0, up to `highest`."""
-    if not 0 <= float(text) <= highest:
-        limits = "at least 0" if highest == math.inf else f"from 0 to {highest}"
-        raise argparse.ArgumentTypeError(f"{text}: must be {limits}")
-    return float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= highest:
+        limits = "of at least 0" if highest == math.inf else f"from 0 to {highest}"
+        raise argparse.ArgumentTypeError(f"{text}: must be a number {limits}")
+    return value
 
 
 def numbers(text):

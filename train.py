@@ -226,7 +226,8 @@ def parse(arguments=None):
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
         help="mixed precision; auto is bf16 if the device computes in it")
     add("--compile", action="store_true", help="torch.compile teachers and student")
-    add("--valid", metavar="SPLIT", help="sub-folder of --data to compute a held-out loss on")
+    add("--valid", metavar="SPLIT",
+        help="sub-folder of --data for a held-out loss, of at most 20 batches")
     add("--valid-every", type=program.count, default=1000, help="steps between held-out losses")
     add("--workers", type=program.whole, default=min(4, program.cores()),
         help="data-loading workers per process")
@@ -280,6 +281,8 @@ def make_student(args, ensemble):
 
 def target_identity(args, ensemble):
     """What determines the targets. It names the folder of the cache, and must not change."""
+    digests = map(digest, ensemble.teachers)
+    example = [[round(x, 3) for x in target.flatten().tolist()] for target in ensemble.example]
     return {
         "--agg": args.agg,
         "--heads": ensemble.layers,
@@ -287,7 +290,8 @@ def target_identity(args, ensemble):
         "--precision": args.precision,
         "version of the targets": cache.VERSION,
         "source of the aggregation": inspect.getsource(ensemble.aggregation),
-    } | {f"weights of {name}": digest(t) for name, t in zip(ensemble.names, ensemble.teachers)}
+        "results of the aggregation": cache.key(example),  # of constants and functions in it too
+    } | {f"weights of teacher {number}": x for number, x in enumerate(digests, start=1)}
 
 
 def fixed_settings(args, ensemble, noise):

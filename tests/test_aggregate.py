@@ -111,12 +111,12 @@ def broken(states):
 @pytest.mark.parametrize(
     "sizes, layers, agg, words",
     [
-        ({"dim": 6}, BOTH, "avg", "aggregate.py: average fails for dims a 4, b 6"),
+        ({"dim": 6}, BOTH, "avg", "aggregate.py: average fails for teachers of dims a 4, b 6"),
         ({"layers": 6}, BOTH, "avg", "b has 6 layers, no layer 8"),
         ({}, [[4]], "avg", "1 lists of layers for 2 teachers"),
         ({}, [[4, 8], [4]], "none", "equally long"),
         ({"conv_layers": ((8, 10, 5),)}, BOTH, "avg", "b: its frames differ from those of a"),
-        ({}, BOTH, no_batch, r"aggregate.py: no_batch gives layer4 the shape \(2, 4\)"),
+        ({}, BOTH, no_batch, r"aggregate.py: no_batch gives a target of shape \(2, 4\)"),
         ({}, BOTH, broken, "aggregate.py: broken fails .*RuntimeError"),
     ],
 )

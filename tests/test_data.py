@@ -57,6 +57,16 @@ def test_a_piece_is_that_of_the_whole_file_and_only_the_piece_is_read(
     assert max(sizes) < 1.3 * rate + 12 * rate
 
 
+@pytest.mark.parametrize("name", ["test/0044/1/0044-1-000440082", "train/0048/1/0048-1-000480119"])
+def test_pieces_of_an_mp3_do_not_miss_what_earlier_frames_hold(tmp_path, name):
+    speech, _ = soundfile.read(shared(f"speech/ocean/{name}.ogg"), dtype="float32")
+    soundfile.write(tmp_path / "speech.mp3", speech, 16000)
+    whole = read_audio(tmp_path / "speech.mp3")
+    for start in range(2, len(whole) - 8000, 500):
+        piece = read_audio(tmp_path / "speech.mp3", start, 8000)
+        assert (piece - whole[start : start + 8000]).abs().max() < 1e-5
+
+
 def test_a_resampled_file_has_the_length_that_its_header_promises(tmp_path):
     # 441,328 samples at 44.1 kHz are 160,119.002: torchaudio alone returns 160,119.
     for rate, frames in [(8000, 1000), (22050, 1337), (44100, 1001), (44100, 441328), (48000, 3)]:

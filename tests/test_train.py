@@ -450,7 +450,7 @@ def test_other_settings_and_teachers_are_refused_on_resume(job, reference, tmp_p
     save_official(random_encoder(7), tmp_path / "hubert.pt", "fairseq")
     teachers = ",".join(f"{tmp_path}/{name}.pt" for name in ("hubert", "robust", "wavlm"))
     line = refusal(capsys, flags(job, tmp_path / "out", teachers=teachers))
-    assert "holds another run (weights of hubert changed)" in line
+    assert "holds another run (weights of teacher 1 changed)" in line
     for names in ("hubert,robust", "robust,hubert,wavlm"):  # another average; another order
         teachers = ",".join(f"{job}/{name}.pt" for name in names.split(","))
         line = refusal(capsys, flags(job, tmp_path / "out", teachers=teachers))
@@ -465,13 +465,19 @@ def test_an_edited_aggregation_is_refused_on_resume(job, tmp_path, capsys, monke
     monkeypatch.setattr(train.inspect, "getsource", lambda part: source(part) + "# edited")
     line = refusal(capsys, flags(job, tmp_path / "out", **more))
     assert "holds another run (source of the aggregation changed)" in line
+    monkeypatch.undo()
+    mean = torch.Tensor.mean  # as a constant or function that the aggregation uses
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "mean", lambda x, *dims: 2 * mean(x, *dims))
+        line = refusal(capsys, flags(job, tmp_path / "out", **more))
+    assert "holds another run (results of the aggregation changed)" in line
 
 
 def test_all_differences_from_the_run_before_are_listed(job, tmp_path, capsys):
     distil(job, tmp_path / "out", steps=1)
     other = {"teachers": f"{job}/robust.pt,{job}/wavlm.pt", "lr": 2e-3, "steps": 1}
     line = refusal(capsys, flags(job, tmp_path / "out", **other))
-    for name in ("--teachers was", "--lr was", "--heads was", "weights of hubert changed"):
+    for name in ("--teachers was", "--lr was", "--heads was", "weights of teacher 1 changed"):
         assert name in line
 
 
@@ -520,7 +526,7 @@ BAD_INPUT = [
     ({"teachers": "{job}/student.pt"}, ["student.pt", "export.py"]),
     ({"teachers": "{job}/missing.pt"}, ["missing.pt", "encoder.layers.1.fc1.weight"]),
     ({"teachers": ","}, ["--teachers"]),
-    ({"seed": -1}, ["--seed", "at least 0"]),
+    ({"seed": -1}, ["--seed", "of at least 0"]),
     ({"heads": "2,5"}, ["hubert", "4 layers"]),
     ({"heads": "2,4/2,4"}, ["2 lists", "3 teachers"]),
     ({"heads": "2,4/2,4/3"}, ["--heads"]),
