@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import flags, on_cpu, write_audio
+from conftest import flags, on_cpu, shared, write_audio
 
 import data
 import manifest
