@@ -196,7 +196,7 @@ def test_a_signal_to_one_rank_or_torchruns_death_ends_the_filling_of_a_cache(job
 
 @pytest.mark.slow
 def test_a_killed_agent_that_is_started_again_by_hand_resumes_bit_for_bit(job):
-    settings, out = {"steps": 40, "save_every": 3, "log_every": 1, "dropout": 0.1}, job / "killed-agents"
+    settings, out = {"steps": 40, "save_every": 3, "log_every": 1, "dropout": 0.1}, job / "killed"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
