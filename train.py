@@ -164,9 +164,12 @@ def validate(step, args, forward, student, held_out):
         return None
     student.eval()  # no dropout
     device, terms = next(student.parameters()).device, []
-    for number in range(min(20, held_out.steps_per_epoch)):
+    count = min(20, held_out.steps_per_epoch)
+    progress = program.Progress("held-out batches", count)
+    for number in range(count):
         for part in split(held_out[number], args.accumulate, device):
             terms.append(torch.stack(forward(part)[1:]))
+        progress.show(number + 1)
     student.train()
     return program.mean(torch.stack(terms).mean(0))
 
