@@ -94,7 +94,10 @@ class Ensemble:
         return targets.split([dim for _, dim in self.heads], dim=-1)
 
     def aggregate_example(self):
-        """The example. Raises ValueError if the aggregation fails or changes batch or frames."""
+        """The example: it shows the dims of the targets, and whether the aggregation has changed.
+
+        Raises ValueError if the aggregation fails or changes batch or frames.
+        """
         dims = [teacher.config.dim for teacher in self.teachers]
         states = []
         for number, dim in enumerate(dims, start=2):
@@ -107,9 +110,8 @@ class Ensemble:
         except Exception as error:
             teachers = ", ".join(f"{name} {dim}" for name, dim in zip(self.names, dims))
             reason = f"{type(error).__name__}: {error}"[:100]
-            raise ValueError(
-                f"{function} fails for teachers of dims {teachers}: {reason}"
-            ) from error
+            problem = f"{function} fails for teachers of dims {teachers}"
+            raise ValueError(f"{problem}: {reason}") from error
         for shape in shapes:
             if len(shape) != 3 or shape[:2] != (1, 2):
                 problem = f"{function} gives a target of shape {shape}"
@@ -117,8 +119,10 @@ class Ensemble:
         return targets
 
     def head_names(self):
-        """With a target per layer "layer4", or "layer4-8" if the layers differ between teachers;
-        with a target per teacher and layer "wavlm.layer4"; with others "target1".
+        """A name per target.
+
+        With a target per layer "layer4", or "layer4-8" if the layers differ between teachers; with
+        a target per teacher and layer "wavlm.layer4"; with others "target1".
         """
         count = len(self.example)
         if count == len(self.layers[0]):

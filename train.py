@@ -294,7 +294,7 @@ def target_identity(args, ensemble):
         "--precision": args.precision,
         "version of the targets": cache.VERSION,
         "source of the aggregation": inspect.getsource(ensemble.aggregation),
-        "results of the aggregation": cache.key(example),  # of constants and functions in it too
+        "results of the aggregation": cache.key(example),  # its source may use other functions
     } | {f"weights of teacher {number}": x for number, x in enumerate(digests, start=1)}
 
 
