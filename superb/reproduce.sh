@@ -28,28 +28,36 @@ SEEDS=${SEEDS-0}
 TASKS=${TASKS-pr sid er asr}              # pr-noise, ...: tested in noise, in a column of its own
 NOISE=${NOISE-} SNR=${SNR-5}              # of pr-noise, ...: a folder of noise, and dB or low,high
 PAIRS=${PAIRS-yes}                        # students of two teachers; empty for none
-ROWS=${ROWS-}                             # folders of the rows to run; empty for all
+ROWS=${ROWS-}                             # folders of the rows to run, in order; empty for all
 RATES=${RATES-1e-1,1e-2,1e-3,1e-4,1e-5}   # learning rates of the probes
 TRAIN=${TRAIN-} PR=${PR-} SID=${SID-} ER=${ER-} ASR=${ASR-}    # more flags of the programs
 CACHE=${CACHE-}                           # folder of cached tensors, deleted once a row is complete
 OUT=${OUT-runs/reproduce}
+JOBS=${JOBS-1}                            # rows at a time, each on one core
 PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
 distil=(python)
 ((PROCESSES > 1)) && distil=(torchrun --standalone --nproc_per_node="$PROCESSES")
 distil+=("${here}train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
-failed=()
+failed=$OUT/logs/failed                   # a file of names of parts
+declare -A arguments                      # of row(), per row, quoted
+all_rows=() running=0
+signals='^(129|130|138|143)$'             # exit codes after a signal
+((JOBS > 1)) && export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 
-stop() {  # the running program saves its state
-    local running
-    running=$(jobs -pr)
-    [ -z "$running" ] || kill $running
+stop() {  # the running programs save their state
+    local processes
+    processes=$(jobs -pr)
+    [ -z "$processes" ] || kill $processes
     wait
     exit "$1"
 }
-trap 'stop 129' HUP
-trap 'stop 130' INT
-trap 'stop 138' USR1
-trap 'stop 143' TERM
+
+stop_on_signals() {
+    trap 'stop 129' HUP
+    trap 'stop 130' INT
+    trap 'stop 138' USR1
+    trap 'stop 143' TERM
+}
 
 show() {  # prints a command, for a shell in this folder
     local word line=
@@ -68,8 +76,8 @@ part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NA
     "${@:2}" 2>&1 | (trap '' HUP INT PIPE; exec tee -a "$log") &
     wait $! && echo "$name: $((SECONDS - start)) s" && return    # pipefail: the code of COMMAND
     code=$?
-    [[ $code =~ ^(129|130|138|143)$ ]] && exit $code    # a signal, as above
-    failed+=("$name")
+    [[ $code =~ $signals ]] && exit $code
+    echo "$name" >>"$failed"
     echo "$name failed: $(tail -n 1 "$log") ($log)" >&2
     return 1
 }
@@ -102,28 +110,50 @@ table() {  # table FLAGS...: prints the table of all results
 }
 
 row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train TEACHERS FLAGS...
-    local row=$1 folder upstream=$5 seed task
-    local failed_before=${#failed[@]} scratch
+    all_rows+=("$1")
+    arguments[$1]=${*@Q}
+    grep -q "^$1"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
+}
+
+run_row() {  # as row
+    local row=$1 folder upstream=$5 seed task complete=yes scratch
     scratch=$CACHE/reproduce/run$(realpath "$OUT" | tr / .).${SEEDS// /.}/$row  # of this run alone
-    grep -q "^$row"$'\t' "$OUT/rows.tsv" || printf '%s\t%s\t%s\n' "${@:1:3}" >>"$OUT/rows.tsv"
-    [[ -z $ROWS || " $ROWS " == *" $row "* ]] || return
     for seed in $SEEDS; do
         folder=$OUT/$row/seed-$seed
         if [ "$4" = train ]; then
             upstream=$folder/student.pt
             part "$row/seed-$seed" "${distil[@]}" --teachers "${@:5}" --seed "$seed" \
-                --out "$folder" ${CACHE:+--cache "$scratch"} || continue
+                --out "$folder" ${CACHE:+--cache "$scratch"} || { complete= && continue; }
         fi
         for task in $TASKS; do
             evaluate "$task" "$row/seed-$seed/$task" --upstream "$upstream" --seed "$seed" \
-                ${CACHE:+--cache "$scratch"}
+                ${CACHE:+--cache "$scratch"} || complete=
         done
     done
-    [[ -z $CACHE || ${#failed[@]} -gt $failed_before ]] || rm -rf "$scratch"
+    [[ -z $CACHE || -z $complete ]] || rm -rf "$scratch"
+}
+
+start_row() {  # in the background; if there are others, its name is before each of its lines
+    local line name=
+    ((JOBS > 1)) && name="$1: "
+    (stop_on_signals; eval "run_row ${arguments[$1]}") | (
+        trap '' HUP INT PIPE
+        while IFS= read -r line; do printf '%s\n' "${line:+$name}$line" 2>/dev/null; done
+    ) &
+    ((running += 1))
+}
+
+end_row() {  # waits for one of the running rows
+    local code
+    wait -n
+    code=$?
+    ((running -= 1))
+    [[ $code =~ $signals ]] && stop $code
     table
 }
 
-mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
+stop_on_signals
+mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" && rm -f "$failed" || exit 2
 IFS=, read -ra paths <<<"$TEACHERS"
 IFS=, read -ra names <<<"$NAMES"
 short_names='import sys, teachers; print(*teachers.short_names(sys.argv[1:]), sep="\n")'
@@ -159,9 +189,24 @@ row concat "$group" "concatenation of $count" train "$TEACHERS" --agg concat
 row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
 
+read -ra rows <<<"$ROWS"
+((${#rows[@]})) || rows=("${all_rows[@]}")
+for row in "${rows[@]}"; do
+    if [[ -z ${arguments[$row]-} ]]; then
+        echo "reproduce.sh: ROWS: no row $row; there are ${all_rows[*]}" >&2
+        exit 2
+    fi
+done
+for row in "${rows[@]}"; do
+    ((running < JOBS)) || end_row
+    start_row "$row"
+done
+while ((running)); do end_row; done
+
 # The last row has printed the table.
-table --picture "$OUT/results.svg" --layers "$OUT/layers.svg" >/dev/null || failed+=(report)
-if ((${#failed[@]})); then
-    echo "failed: ${failed[*]}; logs are in $OUT/logs; the same command tries them again" >&2
+table --picture "$OUT/results.svg" --layers "$OUT/layers.svg" >/dev/null || echo report >>"$failed"
+if [ -s "$failed" ]; then
+    names=$(paste -sd ' ' "$failed")
+    echo "failed: $names; logs are in $OUT/logs; the same command tries them again" >&2
     exit 1
 fi

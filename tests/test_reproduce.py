@@ -44,6 +44,7 @@ def test_what_it_cannot_run_is_one_line(tmp_path):
         (["--demo"], {}, "--demo"),
         ([], {"NAMES": "A"}, "one name per"),
         ([], {"TASKS": "pr-noise", "NOISE": "nowhere"}, "NOISE=nowhere: no such folder"),
+        ([], {"ROWS": "fbank averge"}, "no row averge; there are fbank untrained"),
     ):
         done = reproduce(tmp_path, *flags, **settings)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
@@ -97,6 +98,30 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
     saved = torch.load(tmp_path / "out" / part / "last.pt", weights_only=True)
     assert process.returncode == 128 + number and errors == ""
     assert saved["step"] == steps >= 2  # it has ended: one line per step
+
+
+def test_rows_run_at_once_in_the_order_given_and_a_signal_stops_all(corpus, tmp_path):
+    settings = {"DATA": str(corpus), "TEACHERS": f"{ROOT}/demo/hubert.pt", "NAMES": "HuBERT"}
+    settings |= {"HEADS": "2", "STEPS": "100000", "TASKS": "", "OUT": "out", "JOBS": "2"}
+    settings |= {"TRAIN": "--splits train-clean-100 --batch-size 2 --log-every 1 --workers 0"}
+    process = start(tmp_path, ROWS="none hubert avg", **settings)
+    logs = [tmp_path / f"out/logs/{row}.seed-0.log" for row in ("none", "hubert")]
+    try:
+        while process.poll() is None and not all(
+            log.exists() and "step 2/" in log.read_text() for log in logs
+        ):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        printed, errors = process.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + signal.SIGTERM and errors == ""
+    assert "\nnone: step 2/" in printed and "\nhubert: step 2/" in printed
+    assert not (tmp_path / "out/avg").exists()
+    for row, log in zip(("none", "hubert"), logs):
+        saved = torch.load(tmp_path / "out" / row / "seed-0/last.pt", weights_only=True)
+        assert saved["step"] == log.read_text().count("loss ") >= 2
 
 
 def test_commands_and_their_output_are_printed_and_the_commands_can_be_copied(corpus, tmp_path):
