@@ -133,13 +133,17 @@ run_row() {  # as row
     [[ -z $CACHE || -z $complete ]] || rm -rf "$scratch"
 }
 
-start_row() {  # in the background; if there are others, its name is before each of its lines
-    local line name=
-    ((JOBS > 1)) && name="$1: "
-    (stop_on_signals; eval "run_row ${arguments[$1]}") | (
-        trap '' HUP INT PIPE
-        while IFS= read -r line; do printf '%s\n' "${line:+$name}$line" 2>/dev/null; done
-    ) &
+label() {  # label NAME: prints stdin, with NAME before each line that is not a command
+    local line commands="^($prefix)?(python|torchrun) "
+    trap '' HUP INT PIPE
+    while IFS= read -r line; do
+        ((JOBS == 1)) || [[ -z $line || $line =~ $commands ]] || line="$1: $line"
+        printf '%s\n' "$line" 2>/dev/null
+    done
+}
+
+start_row() {  # in the background
+    (stop_on_signals; eval "run_row ${arguments[$1]}") | label "$1" &
     ((running += 1))
 }
 

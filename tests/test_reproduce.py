@@ -118,6 +118,7 @@ def test_rows_run_at_once_in_the_order_given_and_a_signal_stops_all(corpus, tmp_
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 128 + signal.SIGTERM and errors == ""
     assert "\nnone: step 2/" in printed and "\nhubert: step 2/" in printed
+    assert printed.count(f"\nPYTHONPATH={ROOT} python {ROOT}/train.py --data ") == 2
     assert not (tmp_path / "out/avg").exists()
     for row, log in zip(("none", "hubert"), logs):
         saved = torch.load(tmp_path / "out" / row / "seed-0/last.pt", weights_only=True)
