@@ -73,8 +73,7 @@ def read_rows(folders):
         result = checkpoint.read_json(path)
         if result.get("task") not in TASKS or "per_utterance" not in result:
             raise ValueError(f"{path}: not a result of this version; delete it and evaluate again")
-        has_task = re.fullmatch("(pr|sid|er|asr)(-noise.*)?", folder.name)
-        row, seed = find_row(folder.parent if has_task else folder)
+        row, seed = find_row(run_folder(folder))
         row = rows.setdefault(row.name, row)
         seeds = row.results.setdefault(column_of(result), {})
         if seed in seeds:
@@ -88,6 +87,12 @@ def read_rows(folders):
     ordered = sorted(rows.values(), key=lambda row: row.line_number)
     groups = [row.group for row in ordered]
     return sorted(ordered, key=lambda row: (row.group != "", groups.index(row.group)))
+
+
+def run_folder(folder):
+    """The folder of the student or upstream that an evaluation's folder is in, or is itself."""
+    has_task = re.fullmatch("(pr|sid|er|asr)(-noise.*)?", folder.name)
+    return folder.parent if has_task else folder
 
 
 def rename(rows, names):
@@ -203,7 +208,7 @@ def table(rows, differences):
 # ------------------------------------------------------------------ pictures
 
 
-def new_figure(count, width, height, title):
+def new_figure(count, width, height, title, sharey=True):
     """(figure, panels) on a white ground. Raises ValueError if matplotlib is missing."""
     os.environ.pop("MPLBACKEND", None)  # pictures in files need none; a missing one is an error
     try:
@@ -217,7 +222,7 @@ def new_figure(count, width, height, title):
     matplotlib.rcParams.update(settings)
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontweight="bold")
-    return figure, figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    return figure, figure.subplots(1, count, sharey=sharey, squeeze=False)[0]
 
 
 def save_picture(figure, path, label):
@@ -331,6 +336,45 @@ def draw_curves(folders, path):
     save_picture(figure, path, f"{title}: {', '.join(names)}.")
 
 
+def draw_steps(folders, path):
+    """A panel per column: scores over the steps of distillation, a line per student."""
+    by_steps = {}  # {steps: folders of evaluations}
+    for folder in map(Path, folders):
+        config = run_folder(folder) / "config.json"
+        steps = checkpoint.read_json(config).get("settings", {}).get("steps")
+        if not steps:
+            raise ValueError(f"{config}: no steps in it; give evaluations beside a student.pt")
+        by_steps.setdefault(steps, []).append(folder)
+    rows = {steps: read_rows(by_steps[steps]) for steps in sorted(by_steps)}
+    for some in rows.values():
+        score_rows(some)
+    every_row = [row for some in rows.values() for row in some]
+    columns, names = columns_of(every_row), list(dict.fromkeys(row.name for row in every_row))
+    title = "Scores over the steps of distillation"
+    figure, panels = new_figure(len(columns), 1 + 2.6 * len(columns), 3.2, title, sharey=False)
+    for panel, column in zip(panels, columns):
+        for number, name in enumerate(names):
+            points = [
+                (steps, *100 * row.scores[column])
+                for steps, some in rows.items()
+                for row in some
+                if row.name == name and column in row.scores
+            ]
+            if points:
+                x, y, low, high = np.transpose(points)
+                panel.errorbar(x, y, (y - low, high - y), color=f"C{number}", marker="o", label=name)
+        panel.set_title(column)
+        panel.set_xlabel("steps")
+        panel.set_xscale("log")
+        panel.set_xticks(list(rows), [f"{steps:,}" for steps in rows])
+        panel.minorticks_off()
+        panel.grid(linewidth=0.6)
+    panels[0].set_ylabel("percent, with 95% intervals")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    save_picture(figure, path, f"{title}: {', '.join(names)}.")
+
+
 def main(arguments=None):
     parser = program.Parser(__doc__.split("\n")[0])
     add = parser.add_argument
@@ -340,11 +384,13 @@ def main(arguments=None):
     add("--to", metavar="FILE.md", help="write the table to this file too")
     add("--picture", metavar="FILE.svg", help="draw the scores")
     add("--layers", metavar="FILE.svg", help="draw the learned weights of the hidden states")
+    add("--steps", nargs="+", metavar=("FILE.svg", "FOLDER"), help="draw scores over steps")
     add("--curves", nargs="+", metavar=("FILE.svg", "RUN"), help="draw losses of train.py's runs")
     program.init()
     with program.one_line_errors():
         args = parser.parse_args(arguments)
-        if len(args.curves or []) == 1 or not (args.folders or args.curves):
+        drawn = [args.steps or [], args.curves or []]
+        if 1 in map(len, drawn) or not (args.folders or any(drawn)):
             raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
         if args.folders:
             rows = read_rows(args.folders)
@@ -357,6 +403,8 @@ def main(arguments=None):
                 draw_scores(rows, args.picture)
             if args.layers:
                 draw_layers(rows, args.layers)
+        if args.steps:
+            draw_steps(args.steps[1:], args.steps[0])
         if args.curves:
             draw_curves(args.curves[1:], args.curves[0])
 
