@@ -233,6 +233,14 @@ def save_picture(figure, path, label):
     checkpoint.save(path, svg.getvalue().replace("<svg ", root, 1))
 
 
+def add_legend(figure, keys, labels):
+    """Below the panels. keys: per label, the properties of its line."""
+    from matplotlib.lines import Line2D  # only here, since matplotlib may be missing
+
+    lines = [Line2D([], [], **key) for key in keys]
+    figure.legend(lines, labels, loc="outside lower center", ncols=6, frameon=False)
+
+
 def draw_rows(rows, columns, path, title, note, width, plot):
     """A panel per column, in which plot(panel, row, column, y) draws each row."""
     labels = []
@@ -327,12 +335,10 @@ def draw_curves(folders, path):
         panel.set_xlabel("step")
         panel.grid(linewidth=0.6)
     panels[0].set_ylabel("loss of a head (L1 + cosine)")
-    from matplotlib.lines import Line2D  # only here, since matplotlib may be missing
-
-    keys = [Line2D([], [], color=colour) for colour in colours.values()]
-    keys += [Line2D([], [], color="black", linestyle=style) for style in styles.values()]
+    keys = [{"color": colour} for colour in colours.values()]
+    keys += [{"color": "black", "linestyle": style} for style in styles.values()]
     labels = [layer.replace("layer", "layer ") for layer in colours] + list(styles)
-    figure.legend(keys, labels, loc="outside lower center", ncols=6, frameon=False)
+    add_legend(figure, keys, labels)
     save_picture(figure, path, f"{title}: {', '.join(names)}.")
 
 
@@ -345,33 +351,32 @@ def draw_steps(folders, path):
         if not steps:
             raise ValueError(f"{config}: no steps in it; give evaluations beside a student.pt")
         by_steps.setdefault(steps, []).append(folder)
-    rows = {steps: read_rows(by_steps[steps]) for steps in sorted(by_steps)}
-    for some in rows.values():
-        score_rows(some)
-    every_row = [row for some in rows.values() for row in some]
-    columns, names = columns_of(every_row), list(dict.fromkeys(row.name for row in every_row))
+    points, all_rows = {}, []  # {(row's name, column): [(steps, score, low, high), ...]}
+    for steps in sorted(by_steps):
+        rows = read_rows(by_steps[steps])
+        score_rows(rows)
+        all_rows += rows
+        for row in rows:
+            for column, interval in row.scores.items():
+                points.setdefault((row.name, column), []).append((steps, *100 * interval))
+    columns, names = columns_of(all_rows), list(dict.fromkeys(row.name for row in all_rows))
     title = "Scores over the steps of distillation"
     figure, panels = new_figure(len(columns), 1 + 2.6 * len(columns), 3.2, title, sharey=False)
+    colours = {name: f"C{number}" for number, name in enumerate(names)}
+    for (name, column), line in points.items():
+        panel = panels[columns.index(column)]
+        steps, score, low, high = np.transpose(line)
+        interval = (score - low, high - score)
+        panel.errorbar(steps, score, interval, color=colours[name], marker="o", markersize=4)
     for panel, column in zip(panels, columns):
-        for number, name in enumerate(names):
-            points = [
-                (steps, *100 * row.scores[column])
-                for steps, some in rows.items()
-                for row in some
-                if row.name == name and column in row.scores
-            ]
-            if points:
-                x, y, low, high = np.transpose(points)
-                panel.errorbar(x, y, (y - low, high - y), color=f"C{number}", marker="o", label=name)
         panel.set_title(column)
         panel.set_xlabel("steps")
         panel.set_xscale("log")
-        panel.set_xticks(list(rows), [f"{steps:,}" for steps in rows])
+        panel.set_xticks(sorted(by_steps), [f"{steps:,}" for steps in sorted(by_steps)])
         panel.minorticks_off()
         panel.grid(linewidth=0.6)
     panels[0].set_ylabel("percent, with 95% intervals")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    add_legend(figure, [{"color": colour} for colour in colours.values()], names)
     save_picture(figure, path, f"{title}: {', '.join(names)}.")
 
 

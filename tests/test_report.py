@@ -167,6 +167,7 @@ def test_folders_without_a_result_are_named_in_one_line_and_the_others_used(resu
         (["--curves", "c.svg"], "--curves FILE.svg RUN"),
         (["--curves", "c.svg", "nowhere"], "nowhere/metrics.jsonl"),
         (["--curves", "c.svg", "{tmp}"], "no complete line"),
+        (["--steps", "s.svg", "{0}"], "seed-0/config.json: no steps in it"),
     ],
 )
 def test_bad_input_is_one_line(results, tmp_path, capsys, flags, words):
@@ -210,6 +211,23 @@ def test_curves_have_a_panel_per_run_and_name_layers_and_teachers(tmp_path):
     text = picture.read_text()
     words = ["average of three, seed 1", "HuBERT", "wavlm", "layer 4", "layer 8"]
     assert all(f">{word}<" in text for word in words)
+
+
+def test_scores_over_steps_have_a_panel_per_task_and_a_line_per_student(tmp_path):
+    pytest.importorskip("matplotlib")
+    folders = []
+    for steps in (500, 2000):
+        out = tmp_path / f"of-{steps}"
+        for row, task in (("all", "pr"), ("all", "sid"), ("bank", "pr")):
+            pairs = [(["a"], ["b" if n * steps < 2000 else "a"]) for n in range(20)]
+            folders.append(write_result(out / f"{row}/seed-0/{task}", pairs, task=task == "sid"))
+            config = {"settings": {"steps": steps}}
+            (out / f"{row}/seed-0/config.json").write_text(json.dumps(config))
+        (out / "rows.tsv").write_text(NAMES)
+    on_cpu(report, ["--steps", tmp_path / "s.svg", *folders])
+    text = (tmp_path / "s.svg").read_text()
+    words = [PR, SID, "500", "2,000", "average of three", "filter banks"]
+    assert all(text.count(f">{word}<") in (1, 2) for word in words)
 
 
 def test_without_matplotlib_the_table_is_there_and_one_line_names_it(results, capsys, monkeypatch):
