@@ -7,6 +7,7 @@ The folder is a HuBERT with a model card. save_official writes fairseq's form an
 
 import json
 import os
+import warnings
 
 import torch
 
@@ -201,6 +202,7 @@ def model_card(student, name, about):
 
 
 def main(arguments=None):
+    program.init()
     with program.one_line_errors():
         parser = program.Parser(__doc__.split("\n")[0])
         parser.add_argument("student", help="student.pt of train.py, or its folder")
@@ -214,6 +216,9 @@ def main(arguments=None):
         student = load_student(path)
         about = checkpoint.load(path) | {"language": args.language, "license": args.license}
         about |= checkpoint.read_json(os.path.join(os.path.dirname(path), "config.json"))
+        step, steps = about.get("step"), about.get("settings", {}).get("steps")
+        if step is not None and steps is not None and step < steps:
+            warnings.warn(f"{path}: after step {step} of {steps}; train.py has not finished")
         write_transformers(student, args.to, about)
     print(f"{args.to}: a HuBERT for transformers; {args.to}/README.md is its model card")
 

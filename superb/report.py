@@ -311,8 +311,12 @@ def draw_layers(rows, path):
 
 
 def draw_curves(folders, path):
-    """A panel per run of train.py: the loss of each head; colours are layers, styles teachers."""
+    """A panel per run of train.py: the loss of each head; colours are layers, styles teachers.
+
+    Grey: the held-out loss of --valid, the mean over heads.
+    """
     title, names, colours, styles = "Distillation loss per layer", [], {}, {}
+    is_held_out = False
     figure, panels = new_figure(len(folders), 1 + 2.4 * len(folders), 3.2, title)
     for folder, panel in zip(map(Path, folders), panels):
         lines = (folder / "metrics.jsonl").read_text("utf-8").splitlines()
@@ -331,6 +335,10 @@ def draw_curves(folders, path):
             style = styles.setdefault(teacher, LINE_STYLES[len(styles) % 4]) if teacher else "-"
             losses = [line[f"l1/{head}"] + line[f"cosine/{head}"] for line in lines]
             panel.plot([line["step"] for line in lines], losses, color=colour, linestyle=style)
+        valid = [(line["step"], line["valid"]) for line in lines if "valid" in line]
+        if valid:
+            panel.plot(*zip(*valid), color="grey", marker=".")
+            is_held_out = True
         panel.set_title(names[-1])
         panel.set_xlabel("step")
         panel.grid(linewidth=0.6)
@@ -338,6 +346,9 @@ def draw_curves(folders, path):
     keys = [{"color": colour} for colour in colours.values()]
     keys += [{"color": "black", "linestyle": style} for style in styles.values()]
     labels = [layer.replace("layer", "layer ") for layer in colours] + list(styles)
+    if is_held_out:
+        keys.append({"color": "grey", "marker": "."})
+        labels.append("held out, mean")
     add_legend(figure, keys, labels)
     save_picture(figure, path, f"{title}: {', '.join(names)}.")
 

@@ -141,7 +141,7 @@ def trained(tmp_path):
     about = {"teachers": ["hubert", "wavlm_plus"], "agg": "avg", "layers": [2, 4], "step": 1200}
     save_student(student, tmp_path / "student.pt", **about, data="LibriSpeech")
     settings = {"agg": "avg", "lr": 2e-4, "batch_size": 24, "data": "/home/me/LibriSpeech"}
-    settings |= {"noise": "/home/me/noise", "snr": [0, 20], "noise_probability": 0.5}
+    settings |= {"steps": 2000, "noise": "/home/me/noise", "snr": [0, 20], "noise_probability": 0.5}
     (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "commit": "c0ffee"}))
     return tmp_path
 
@@ -150,7 +150,11 @@ def test_the_model_card_says_how_the_student_was_trained(trained):
     folder = trained / "my-student"
     flags = ["--to", folder, "--language", "en", "--license", "cc-by-4.0"]
     done = run("export.py", trained, *flags, cwd=trained)
-    assert done.returncode == 0 and "README.md" in done.stdout, done.stderr
+    assert done.returncode == 0 and "README.md" in done.stdout
+    assert (
+        done.stderr
+        == f"warning: {trained}/student.pt: after step 1200 of 2000; train.py has not finished\n"
+    )
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.language == "en" and card.data.license == "cc-by-4.0"
     assert card.data.library_name == "transformers" and "hubert" in card.data.tags

@@ -203,13 +203,15 @@ def test_curves_have_a_panel_per_run_and_name_layers_and_teachers(tmp_path):
     (tmp_path / "rows.tsv").write_text(f"teacher-hubert\tteachers\tteacher: HuBERT\n{NAMES}")
     for row, heads in (("all", ["hubert.layer4", "wavlm.layer4"]), ("avg", ["layer8"])):
         losses = {f"{term}/{head}": 0.5 for term in ("l1", "cosine") for head in heads}
-        lines = [json.dumps({"step": step} | losses) + "\n" for step in (1, 2)]
+        held_out = {"valid": 1.0} if row == "all" else {}
+        lines = [json.dumps({"step": step} | losses | held_out) + "\n" for step in (1, 2)]
         (tmp_path / row / "seed-1").mkdir(parents=True)
         (tmp_path / row / "seed-1/metrics.jsonl").write_text("".join(lines))
     picture = tmp_path / "c.svg"
     on_cpu(report, ["--curves", picture, tmp_path / "all/seed-1", tmp_path / "avg/seed-1"])
     text = picture.read_text()
     words = ["average of three, seed 1", "HuBERT", "wavlm", "layer 4", "layer 8"]
+    words.append("held out, mean")
     assert all(f">{word}<" in text for word in words)
 
 
