@@ -8,8 +8,6 @@ table of scores after each row. Writes to data/demo and runs/demo alone. The sam
 """
 
 import os
-import signal
-import subprocess
 
 import program
 from demo import speech
@@ -44,14 +42,10 @@ DEFAULT_ROWS = ["avg", "hubert", "wavlm", "fbank", "untrained"]
 
 
 def reproduce(rows, tasks, seeds):
-    """The exit code of superb/reproduce.sh for these rows (none: all), tasks and seeds."""
+    """Becomes superb/reproduce.sh, for these rows (none: all), tasks and seeds."""
     chosen = {"ROWS": " ".join(rows), "TASKS": " ".join(tasks), "SEEDS": " ".join(seeds)}
     script = os.path.join(HERE, "..", "superb", "reproduce.sh")
-    process = subprocess.Popen(["bash", script], env=SETTINGS | chosen | os.environ)
-    # Ctrl-C reaches the script too, which saves what runs.
-    signal.signal(signal.SIGINT, lambda *_: None)
-    signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
-    return process.wait()
+    os.execvpe("bash", ["bash", script], SETTINGS | os.environ | chosen)
 
 
 def main(arguments=None):
@@ -68,10 +62,7 @@ def main(arguments=None):
     rows = args.rows or DEFAULT_ROWS
     if args.all:
         rows, args.tasks, args.seeds = [], ["pr", "pr-noise", "sid", "er"], list("01234")
-    code = reproduce(rows, args.tasks, args.seeds)
-    if code:
-        raise SystemExit(code)
-    print(f"the picture of the scores: {OUT}/results.svg")
+    reproduce(rows, args.tasks, args.seeds)
 
 
 if __name__ == "__main__":

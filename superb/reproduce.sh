@@ -6,14 +6,17 @@
 #     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
 set -uo pipefail
-root=$(cd "$(dirname "$0")/.." && pwd)
+root=$(cd -- "$(dirname "$0")/.." >/dev/null && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 here=$root/ prefix="PYTHONPATH=$root "     # of printed commands
 [ "$PWD" = "$root" ] && here="" prefix=""
-if [ $# -gt 0 ]; then
-    echo "reproduce.sh: $1: unknown; settings are variables, see the top of the script" >&2
+
+refuse() {
+    echo "reproduce.sh: $1" >&2
     exit 2
-fi
+}
+
+[ $# = 0 ] || refuse "$1: unknown; settings are variables, see the top of the script"
 
 DATA=${DATA-data/LibriSpeech}             # LibriSpeech, for PR and ASR
 AUDIO=${AUDIO-$DATA}                      # audio for distillation: a folder or a manifest.tsv
@@ -35,17 +38,26 @@ CACHE=${CACHE-}                           # folder of cached tensors, deleted on
 OUT=${OUT-runs/reproduce}
 JOBS=${JOBS-1}                            # rows at a time, each on one core
 PROCESSES=${PROCESSES-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || refuse "JOBS=$JOBS: must be a whole number of at least 1"
+for task in $TASKS; do
+    [[ $task =~ ^(pr|sid|er|asr)(-noise)?$ ]] ||
+        refuse "TASKS: no task $task; there are pr, sid, er, asr, and pr-noise, ..."
+    [[ $task != *-noise || -d $NOISE ]] ||
+        refuse "NOISE=$NOISE: no such folder; tasks in noise need one"
+done
 distil=(python)
 ((PROCESSES > 1)) && distil=(torchrun --standalone --nproc_per_node="$PROCESSES")
 distil+=("${here}train.py" --data "$AUDIO" --heads "$HEADS" --steps "$STEPS" $TRAIN)
-failed=$OUT/logs/failed                   # a file of names of parts
-declare -A arguments                      # of row(), per row, quoted
+failed=$(mktemp)                          # names of the parts that failed
+trap 'rm -f "$failed"' EXIT
+declare -A arguments                      # of row(), per row, quoted for eval
 all_rows=() running=0
-signals='^(129|130|138|143)$'             # exit codes after a signal
+signals='^(129|130|138|143)$'             # exit codes after HUP, INT, USR1, TERM
 ((JOBS > 1)) && export OMP_NUM_THREADS=${OMP_NUM_THREADS-1}
 
 stop() {  # the running programs save their state
     local processes
+    trap '' HUP INT USR1 TERM
     processes=$(jobs -pr)
     [ -z "$processes" ] || kill $processes
     wait
@@ -68,14 +80,21 @@ show() {  # prints a command, for a shell in this folder
     printf '\n%s%s\n' "$prefix" "${line% }"
 }
 
+ignore_signals() {  # in what writes a program's output: a program still prints after a signal
+    trap '' HUP INT QUIT USR1 TERM PIPE
+}
+
 part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NAME.log too
     local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
-    show "${@:2}" | tee -a "$log"
-    # In the background, so that bash handles signals meanwhile; only COMMAND receives them. tee
-    # writes the log even if the terminal is closed.
-    "${@:2}" 2>&1 | (trap '' HUP INT PIPE; exec tee -a "$log") &
-    wait $! && echo "$name: $((SECONDS - start)) s" && return    # pipefail: the code of COMMAND
-    code=$?
+    # In the background, so that bash handles signals meanwhile. tee writes the log even if the
+    # terminal is closed.
+    (show "${@:2}"; exec "${@:2}") 2>&1 | (ignore_signals; exec tee -a "$log") &
+    wait $!
+    code=$?    # of COMMAND, by pipefail
+    if ((code == 0)); then
+        echo "$name: $((SECONDS - start)) s"
+        return
+    fi
     [[ $code =~ $signals ]] && exit $code
     echo "$name" >>"$failed"
     echo "$name failed: $(tail -n 1 "$log") ($log)" >&2
@@ -83,28 +102,30 @@ part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NA
 }
 
 evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
-    local task=${1%-noise} folder=$OUT/$2
-    local program=(-m "superb.$task") data=(--data "$DATA") more=${task^^} clean=${folder%-noise}
+    local task=${1%-noise} folder=$OUT/$2 clean=$OUT/${2%-noise}
+    local program=(-m "superb.$task") data=(--data "$DATA") flags
     case $task in
-        pr) program=("${here}evaluate_pr.py") data+=(--lexicon "$LEXICON") ;;
-        sid) data=(--data "$VOXCELEB") ;;
-        er) data=(--data "$IEMOCAP") ;;
+        pr) program=("${here}evaluate_pr.py") data+=(--lexicon "$LEXICON") flags=$PR ;;
+        sid) data=(--data "$VOXCELEB") flags=$SID ;;
+        er) data=(--data "$IEMOCAP") flags=$ER ;;
+        asr) flags=$ASR ;;
     esac
     [[ ${data[1]} == *.csv ]] && data[0]=--manifest
     if [ "$task" != "$1" ]; then
         data+=(--noise "$NOISE" --snr "$SNR")
         # The probes are the same: noise is only in the test split.
-        [[ -e $clean/last.pt && ! -e $folder ]] && mkdir "$folder" && cp "$clean/last.pt" "$folder"
+        if [[ -e $clean/last.pt && ! -e $folder/last.pt ]]; then
+            mkdir -p "$folder" && cp "$clean/last.pt" "$folder/new.partial"
+            mv "$folder/new.partial" "$folder/last.pt"
+        fi
     fi
-    # ${!more}: $PR, $SID ...
-    part "$2" python "${program[@]}" "${data[@]}" --lr "$RATES" ${!more-} "${@:3}" --out "$folder"
+    part "$2" python "${program[@]}" "${data[@]}" --lr "$RATES" $flags "${@:3}" --out "$folder"
 }
 
 table() {  # table FLAGS...: prints the table of all results
-    local results against=()
-    compgen -G "$OUT/*/seed-*/*/result.json" >/dev/null || return 0
-    compgen -G "$OUT/avg/seed-*/*/result.json" >/dev/null && against=(--against "average of $count")
-    results=("$OUT"/*/seed-*/*/result.json)
+    local results=("$OUT"/*/seed-*/*/result.json) of_avg=("$OUT"/avg/seed-*/*/result.json) against=()
+    [ -e "${results[0]}" ] || return 0
+    [ -e "${of_avg[0]}" ] && against=(--against "average of $count")
     echo
     python -m superb.report "${results[@]%/*}" "${against[@]}" --to "$OUT/results.md" "$@"
 }
@@ -116,14 +137,14 @@ row() {  # row FOLDER GROUP NAME upstream PATH, or row FOLDER GROUP NAME train T
 }
 
 run_row() {  # as row
-    local row=$1 folder upstream=$5 seed task complete=yes scratch
+    local row=$1 folder upstream seed task complete=yes scratch
     scratch=$CACHE/reproduce/run$(realpath "$OUT" | tr / .).${SEEDS// /.}/$row  # of this run alone
     for seed in $SEEDS; do
-        folder=$OUT/$row/seed-$seed
+        folder=$OUT/$row/seed-$seed upstream=$5
         if [ "$4" = train ]; then
             upstream=$folder/student.pt
             part "$row/seed-$seed" "${distil[@]}" --teachers "${@:5}" --seed "$seed" \
-                --out "$folder" ${CACHE:+--cache "$scratch"} || { complete= && continue; }
+                --out "$folder" ${CACHE:+--cache "$scratch"} || { complete=; continue; }
         fi
         for task in $TASKS; do
             evaluate "$task" "$row/seed-$seed/$task" --upstream "$upstream" --seed "$seed" \
@@ -131,15 +152,19 @@ run_row() {  # as row
         done
     done
     [[ -z $CACHE || -z $complete ]] || rm -rf "$scratch"
+    return 0
 }
 
 label() {  # label NAME: prints stdin, with NAME before each line that is not a command
-    local line commands="^($prefix)?(python|torchrun) "
-    trap '' HUP INT PIPE
-    while IFS= read -r line; do
-        ((JOBS == 1)) || [[ -z $line || $line =~ $commands ]] || line="$1: $line"
+    local line
+    ignore_signals
+    while IFS= read -r line || [ -n "$line" ]; do
+        if ((JOBS > 1)) && [[ -n $line && ! ${line#"$prefix"} =~ ^(python|torchrun)\  ]]; then
+            line="$1: $line"
+        fi
         printf '%s\n' "$line" 2>/dev/null
     done
+    return 0
 }
 
 start_row() {  # in the background
@@ -153,25 +178,20 @@ end_row() {  # waits for one of the running rows
     code=$?
     ((running -= 1))
     [[ $code =~ $signals ]] && stop $code
+    ((code == 0)) || echo "a row" >>"$failed"    # killed, or a bug of this script
     table
 }
 
 stop_on_signals
-mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" && rm -f "$failed" || exit 2
+mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
 IFS=, read -ra paths <<<"$TEACHERS"
 IFS=, read -ra names <<<"$NAMES"
 short_names='import sys, teachers; print(*teachers.short_names(sys.argv[1:]), sep="\n")'
-mapfile -t folders < <(python -c "$short_names" "${paths[@]}")
+folders=$(python -c "$short_names" "${paths[@]}") || exit 2
+mapfile -t folders <<<"$folders"
 numbers=(no one two three four five)
 n=${#paths[@]} count=${numbers[n]-$n}
-if ((${#names[@]} != n)); then
-    echo "reproduce.sh: NAMES must have one name per teacher of TEACHERS" >&2
-    exit 2
-fi
-if [[ $TASKS == *-noise* && ! -d $NOISE ]]; then
-    echo "reproduce.sh: NOISE=$NOISE: no such folder; tasks in noise need one" >&2
-    exit 2
-fi
+((${#names[@]} == n)) || refuse "NAMES must have one name per teacher of TEACHERS"
 row fbank baselines "filter banks" upstream fbank
 row untrained baselines "before distillation" train "${paths[0]}" --steps 0
 for ((i = 0; i < n; i++)); do
@@ -193,13 +213,10 @@ row concat "$group" "concatenation of $count" train "$TEACHERS" --agg concat
 row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
 
-read -ra rows <<<"$ROWS"
+read -rd '' -a rows <<<"$ROWS"
 ((${#rows[@]})) || rows=("${all_rows[@]}")
 for row in "${rows[@]}"; do
-    if [[ -z ${arguments[$row]-} ]]; then
-        echo "reproduce.sh: ROWS: no row $row; there are ${all_rows[*]}" >&2
-        exit 2
-    fi
+    [[ -n ${arguments[$row]-} ]] || refuse "ROWS: no row $row; there are ${all_rows[*]}"
 done
 for row in "${rows[@]}"; do
     ((running < JOBS)) || end_row
@@ -207,10 +224,11 @@ for row in "${rows[@]}"; do
 done
 while ((running)); do end_row; done
 
-# The last row has printed the table.
+# The table is printed already.
 table --picture "$OUT/results.svg" --layers "$OUT/layers.svg" >/dev/null || echo report >>"$failed"
 if [ -s "$failed" ]; then
-    names=$(paste -sd ' ' "$failed")
-    echo "failed: $names; logs are in $OUT/logs; the same command tries them again" >&2
+    failed_parts=$(paste -sd ' ' "$failed")
+    echo "failed: $failed_parts; logs are in $OUT/logs; the same command tries them again" >&2
     exit 1
 fi
+echo "the table: $OUT/results.md; pictures of scores and weights: $OUT/results.svg, $OUT/layers.svg"

@@ -44,6 +44,8 @@ def test_what_it_cannot_run_is_one_line(tmp_path):
         (["--demo"], {}, "--demo"),
         ([], {"NAMES": "A"}, "one name per"),
         ([], {"TASKS": "pr-noise", "NOISE": "nowhere"}, "NOISE=nowhere: no such folder"),
+        ([], {"TASKS": "pr ks"}, "no task ks; there are pr, sid, er, asr"),
+        ([], {"JOBS": "0"}, "JOBS=0: must be a whole number"),
         ([], {"ROWS": "fbank averge"}, "no row averge; there are fbank untrained"),
     ):
         done = reproduce(tmp_path, *flags, **settings)
@@ -70,6 +72,7 @@ def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tm
     [
         (signal.SIGTERM, "avg/seed-0"),
         (signal.SIGHUP, "avg/seed-0"),
+        (signal.SIGUSR1, "avg/seed-0"),
         (signal.SIGINT, "fbank/seed-0/pr"),
     ],
 )
@@ -86,7 +89,7 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
     try:
         while process.poll() is None and not (log.exists() and "step 2/" in log.read_text()):
             time.sleep(0.1)
-        if number == signal.SIGINT:  # a terminal sends it to every process
+        if number in (signal.SIGINT, signal.SIGUSR1):  # as a terminal, or SLURM: to every process
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
