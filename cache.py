@@ -23,15 +23,6 @@ def key(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def file_name(corpus, i):
-    """Where utterance i is cached: audio path, first sample, length."""
-    # Neither absolute nor with '..': the file stays inside the folder of the cache.
-    folder, name = os.path.split(corpus.path(i).lstrip("/").replace("..", "__"))
-    if len(os.fsencode(name)) > 150:  # a name has at most 255 bytes
-        name = key(name)
-    return f"{os.path.join(folder, name)}.{corpus.starts[i]}-{corpus.samples[i]}.pt"
-
-
 def audio_hash(corpus, i):
     """A hash of the size of utterance i's file and 16 KiB from its middle. Raises OSError."""
     with open(os.path.join(corpus.root, corpus.path(i)), "rb") as file:
@@ -50,7 +41,14 @@ class Cache:
         self.folder, self.corpus = folder, corpus
 
     def path(self, i):
-        return os.path.join(self.folder, file_name(self.corpus, i))
+        """The file of utterance i, named by audio path, first sample and length."""
+        corpus = self.corpus
+        # Neither absolute nor with '..': the file stays inside the folder of the cache.
+        folder, name = os.path.split(corpus.path(i).lstrip("/").replace("..", "__"))
+        if len(os.fsencode(name)) > 150:  # a name has at most 255 bytes
+            name = key(name)
+        file = f"{name}.{corpus.starts[i]}-{corpus.samples[i]}.pt"
+        return os.path.join(self.folder, folder, file)
 
     def load(self, i, part="tensors"):
         """The tensors of utterance i, or the "audio" hash that was saved with them.
@@ -80,7 +78,8 @@ class Cache:
         """
         targets = self.load(i)
         frames = (samples - data.MIN_SAMPLES) // data.FRAME_SAMPLES + 1
-        values = targets["values"][start // data.FRAME_SAMPLES :][:frames]
+        first = start // data.FRAME_SAMPLES
+        values = targets["values"][first : first + frames]
         return {"values": values, "scale": targets["scale"], "zero": targets["zero"]}
 
     def find_missing(self):
@@ -136,18 +135,17 @@ class Cache:
             signal = stop.received() if check_now else 0
             if signal:
                 if program.RANK == 0:
-                    print(f"{self.folder}: stopped; the same command resumes", flush=True)
+                    program.say(f"{self.folder}: stopped; the same command resumes")
                 raise SystemExit(128 + signal)
-            if number < len(missing):
-                self.save(missing[number], compute(missing[number]))
-                progress.show(number + 1)
-
-    def save(self, i, tensors):
-        """Writes the tensors of utterance i, unless they are None."""
-        if tensors is not None:
-            path = self.path(i)
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            checkpoint.save(path, {"tensors": tensors, "audio": audio_hash(self.corpus, i)})
+            if number == len(missing):
+                continue
+            i = missing[number]
+            tensors = compute(i)
+            if tensors is not None:
+                os.makedirs(os.path.dirname(self.path(i)), exist_ok=True)
+                content = {"tensors": tensors, "audio": audio_hash(self.corpus, i)}
+                checkpoint.save(self.path(i), content)
+            progress.show(number + 1)
 
 
 # ------------------------------------------------------------------ targets in 8 bits

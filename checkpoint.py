@@ -43,7 +43,7 @@ def save(path, content, keep_previous=False):
             os.replace(path, f"{path}.old")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        reason = error.__context__ or error
+        reason = error.__context__ or error  # torch.save's RuntimeError hides the OSError
         raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
     finally:
         with contextlib.suppress(OSError):

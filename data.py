@@ -156,7 +156,7 @@ class Noise:
         snr = torch.tensor(rng.uniform(*self.snr))
         if not noise.square().sum():  # silent, or so faint that its energy is 0 in float32
             return waveform
-        return torchaudio.functional.add_noise(waveform, noise, snr).to(waveform.dtype)
+        return torchaudio.functional.add_noise(waveform, noise, snr)
 
 
 def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
@@ -180,7 +180,8 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
             if "DataLoader timed out" not in str(error):
                 raise
             if stop and stop.number:
-                print("stopped while waiting for a batch; the same command resumes", flush=True)
+                with contextlib.suppress(OSError):  # the terminal, or tee, may be gone
+                    print("stopped while waiting for a batch; the same command resumes", flush=True)
                 raise SystemExit(128 + stop.number) from None
             waited += settings["timeout"]
             if waited >= BATCH_TIMEOUT:
@@ -191,8 +192,7 @@ def load_batches(dataset, steps, workers=0, pin_memory=False, stop=None):
 def ignore_signals(worker):
     """For workers: signals reach them too, but the main process needs them to finish its step."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):  # as program.SIGNALS
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def check_shared_memory(batch_bytes, workers):

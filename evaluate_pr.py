@@ -6,26 +6,16 @@ The same command resumes a run.
 """
 
 import program
-from superb import probe
-from superb.ctc import (
-    SPLITS,
-    ctc_greedy,
-    ctc_loss,
-    edit_distances,
-    read_lexicon,
-    read_splits,
-    three_splits,
-)
+from superb import ctc, probe
 from superb.upstream import Upstream
-
-LEXICON = "data/librispeech-lexicon.txt"
 
 
 def make_parser():
     parser = probe.make_parser(__doc__, "pr", lr="1e-2")  # s3prl's libriphone.yaml
-    parser.add_argument("--splits", type=three_splits, default=SPLITS, help="train, dev and test")
+    add = parser.add_argument
+    add("--splits", type=ctc.three_splits, default=ctc.SPLITS, help="train, dev and test")
     about = "files of lines WORD PHONE PHONE ...; the first line of a word counts"
-    parser.add_argument("--lexicon", type=program.names, default=LEXICON, help=about)
+    add("--lexicon", type=program.names, default="data/librispeech-lexicon.txt", help=about)
     return parser
 
 
@@ -38,9 +28,9 @@ class PhonemeRecognition:
     name = "phoneme recognition"
     metric = "PER"  # sum / sum of the two arrays of count(references, hypotheses)
     higher_is_better = False
-    loss = staticmethod(ctc_loss)
-    predict = staticmethod(ctc_greedy)
-    count = staticmethod(edit_distances)
+    loss = staticmethod(ctc.ctc_loss)
+    predict = staticmethod(ctc.ctc_greedy)
+    count = staticmethod(ctc.edit_distances)
 
     def __init__(self, lexicon):
         self.lexicon = lexicon
@@ -56,17 +46,18 @@ class PhonemeRecognition:
 
     def encode(self, words):
         """Words to phones as numbers. Raises ValueError for words that are not in the lexicon."""
+        if not words:
+            raise ValueError("no words")
         missing = [word for word in words if word.upper() not in self.lexicon]
-        if missing or not words:
-            quoted = ", ".join(map(repr, missing[:5]))
-            raise ValueError(f"not in the lexicon: {quoted}" if words else "no words")
+        if missing:
+            raise ValueError(f"not in the lexicon: {', '.join(map(repr, missing[:5]))}")
         return [self.numbers[phone] for word in words for phone in self.lexicon[word.upper()]]
 
 
 def evaluate(args):
     with program.one_line_errors():
-        task = PhonemeRecognition(read_lexicon(args.lexicon))
-        splits = read_splits(args.data, args.splits, task.encode)
+        task = PhonemeRecognition(ctc.read_lexicon(args.lexicon))
+        splits = [ctc.read_split(args.data, name, task.encode) for name in args.splits]
         upstream = Upstream(args)
     return probe.evaluate(args, task, upstream, *splits)
 

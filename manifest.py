@@ -105,7 +105,7 @@ def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
     indices = np.repeat(np.arange(len(corpus)), counts)
     pieces = corpus.part(indices)
     if not pieces:
-        raise ValueError(f"{data}: no audio to train on")
+        raise ValueError(f"{data}: no audio of at least 25 ms")
     firsts = np.cumsum(counts) - counts  # row of the first piece, per utterance
     numbers = np.arange(len(indices)) - firsts[indices]  # of pieces, from 0 per utterance
     counts = counts[indices]
@@ -129,7 +129,8 @@ def scan(folder, splits):
 
 def list_audio(folder, splits):
     """The set of the paths of audio files under sub-folders of a folder, by their names alone."""
-    root, paths, unsupported = os.path.realpath(folder), set(), collections.Counter()
+    root = os.path.realpath(folder)
+    paths, unsupported = set(), collections.Counter()  # of endings
     printed = time.monotonic()
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
@@ -188,7 +189,10 @@ def read_lengths(root, paths):
         for start in range(0, len(paths), 1000):
             some = paths[start : start + 1000]
             for path, length in zip(some, pool.map(read_length, some)):
-                (unreadable if isinstance(length, str) else lengths)[path] = length
+                if isinstance(length, str):
+                    unreadable[path] = length
+                else:
+                    lengths[path] = length
             progress.show(start + len(some))
     return lengths, unreadable
 

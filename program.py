@@ -30,8 +30,7 @@ PARENT = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchr
 JOIN_LIMIT = 600  # seconds
 ALONE = "to run one process, unset RANK and WORLD_SIZE"
 # Ctrl-C; the end of a job; a closed terminal; the signals that SLURM and SGE send before the end.
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-SIGNALS = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def run(program):
@@ -199,10 +198,10 @@ def precision(requested, device):
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        supported = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.11
-        native = any(
-            supported.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-        )
+        since_2_11 = hasattr(torch.cpu, "get_capabilities")
+        supported = torch.cpu.get_capabilities() if since_2_11 else {}
+        names = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+        native = any(supported.get(name) for name in names)
     return "bf16" if native else "fp32"
 
 
@@ -237,7 +236,7 @@ class StopSignal:
                 signal.signal(number, self.record)
 
     def record(self, number, frame):
-        if self.number and number == signal.SIGINT:  # a second Ctrl-C
+        if StopSignal.number and number == signal.SIGINT:  # a second Ctrl-C
             raise KeyboardInterrupt
         StopSignal.number = number
 
@@ -248,7 +247,7 @@ class StopSignal:
         """
         if PARENT and os.getppid() != PARENT:
             StopSignal.number = signal.SIGTERM
-        number = torch.tensor(self.number)
+        number = torch.tensor(StopSignal.number)
         if dist.is_initialized():
             dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)

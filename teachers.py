@@ -139,7 +139,7 @@ def qkv_parts(name):
 
 def find_encoder(path, names):
     """(form in FORMS, prefix such as "wavlm.") of the encoder among the names of all weights."""
-    names = "\n".join(map(str, names))
+    names = "\n".join(names)
     adapter = re.search(r"\b(base_layer|lora_\w+)", names)
     if adapter:
         remedy = "merge the adapter into the weights (in peft: merge_and_unload)"
@@ -161,7 +161,7 @@ def rename(path, form, prefix, official):
     """The weights with the encoder's prefix by their names in this code."""
     weights = {}
     for name, weight in official.items():
-        if torch.is_tensor(weight) and name.startswith(prefix):
+        if name.startswith(prefix):
             name = name.removeprefix(prefix)
             name = re.sub(r"(conv_layers\.\d+\.2)\.1\.", r"\1.", name)  # fairseq's Large
             # torchaudio has transformers' names with more prefixes, and one weight for q, k and v.
@@ -348,6 +348,7 @@ def read_checkpoint(path):
         settings = model | plain(settings.get("task"))
     else:
         weights, settings = content, {}
+    weights = {str(name): x for name, x in plain(weights).items() if torch.is_tensor(x)}
     if not settings:  # transformers has files of them, torchaudio none
         for name in ("processor_config.json", "preprocessor_config.json", "config.json"):
             read = checkpoint.read_json(os.path.join(os.path.dirname(path), name))
@@ -362,7 +363,7 @@ def read_checkpoint(path):
         for group, times in re.findall(r"\[(.*?)\](?:\s*\*\s*(\d+))?", text):
             strides += [int(x) for x in re.findall(r"(\d+)\s*\)", group)] * int(times or 1)
     for name, weight in weights.items():
-        if torch.is_tensor(weight) and "weight" in name and weight.dtype not in DTYPES.values():
+        if "weight" in name and weight.dtype not in DTYPES.values():
             dtype = str(weight.dtype).removeprefix("torch.")
             raise ValueError(f"{path}: {name}: the dtype {dtype} is not read")
     return weights, settings

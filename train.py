@@ -49,7 +49,8 @@ def distil(args, ensemble, student, optimizer, batches, held_out, run, device):
         terms = []
         for number, part in enumerate(split(batch, args.accumulate, device), start=1):
             is_last = number == args.accumulate
-            parallel_student.require_backward_grad_sync = is_last  # DDP averages once per step
+            # Read by DDP alone: gradients are averaged once per step.
+            parallel_student.require_backward_grad_sync = is_last
             loss, l1, cosine = forward(part)
             (loss / args.accumulate).backward()
             terms.append(torch.stack([l1, cosine]))
@@ -163,14 +164,18 @@ def validate(step, args, forward, student, held_out):
     if held_out is None or not is_due:
         return None
     student.eval()  # no dropout
-    device, terms = next(student.parameters()).device, []
+    device, terms, skipped = next(student.parameters()).device, [], {}
     count = min(20, held_out.steps_per_epoch)
     progress = program.Progress("held-out batches", count)
     for number in range(count):
-        for part in split(held_out[number], args.accumulate, device):
+        batch = held_out[number]
+        skipped |= batch["skipped"]["audio"]
+        for part in split(batch, args.accumulate, device):
             terms.append(torch.stack(forward(part)[1:]))
         progress.show(number + 1)
     student.train()
+    for skipped_by_rank in program.gather(skipped):
+        warn_skipped(skipped_by_rank)  # each file once: Python prints equal warnings once
     return program.mean(torch.stack(terms).mean(0))
 
 
@@ -180,7 +185,8 @@ def validate(step, args, forward, student, held_out):
 # --accumulate, --compile and the number of processes, which change the dropout masks.
 MAY_CHANGE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
 MAY_CHANGE |= {"valid", "valid_every"}
-MAY_CHANGE |= {"data", "teachers", "cache", "noise"}  # paths; their contents are compared
+# Paths. Teachers, noise and manifests are compared by content, files by their length when read.
+MAY_CHANGE |= {"data", "teachers", "cache", "noise"}
 
 
 def parse(arguments=None):
@@ -224,7 +230,7 @@ def parse(arguments=None):
         help="signal-to-noise ratio in dB, or low,high")
     add("--cosine-weight", type=program.at_least_0, default=1.0,
         help="weight of the cosine loss beside L1")
-    add("--max-seconds", type=float, default=15.625,
+    add("--max-seconds", type=program.at_least_0, default=15.625,
         help="longer files are split into equal pieces of at most this")
     add("--cache", metavar="DIR", help="folder of cached targets; the teachers run only once")
     add("--precision", choices=["auto", "bf16", "fp32"], default="auto",
@@ -274,20 +280,19 @@ def load_ensemble(args, device):
 
 
 def make_student(args, ensemble):
-    first_teacher = ensemble.teachers[0]
-    sizes = (args.student_layers, args.dropout, args.student_dim)
+    first = ensemble.teachers[0]
+    config = student_config(first.config, args.student_layers, args.dropout, args.student_dim)
     torch.manual_seed(args.seed)
-    student = Student(student_config(first_teacher.config, *sizes), ensemble.heads)
+    student = Student(config, ensemble.heads)
     if args.init == "first":
-        initialise(student, first_teacher)
+        initialise(student, first)
     return student
 
 
 def target_identity(args, ensemble):
     """What determines the targets. It names the folder of the cache, and must not change."""
-    digests = map(digest, ensemble.teachers)
     example = [[round(x, 3) for x in target.flatten().tolist()] for target in ensemble.example]
-    return {
+    identity = {
         "--agg": args.agg,
         "--heads": ensemble.layers,
         "--weights": args.weights,
@@ -295,7 +300,10 @@ def target_identity(args, ensemble):
         "version of the targets": cache.VERSION,
         "source of the aggregation": inspect.getsource(ensemble.aggregation),
         "results of the aggregation": cache.key(example),  # its source may use other functions
-    } | {f"weights of teacher {number}": x for number, x in enumerate(digests, start=1)}
+    }
+    for number, teacher in enumerate(ensemble.teachers, start=1):
+        identity[f"weights of teacher {number}"] = digest(teacher)
+    return identity
 
 
 def fixed_settings(args, ensemble, noise):
@@ -327,6 +335,7 @@ def find_held_out(args, corpus):
     if not args.valid:
         return None
     audio = find_corpus(corpus.root, [args.valid], args.max_seconds)
+    warn_skipped(audio.skipped)
     shared = set(audio.paths()).intersection(corpus.paths())
     if shared:
         raise ValueError(f"--valid {args.valid}: {min(shared)} is in the training audio too")

@@ -10,8 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torchaudio.transforms import SpecAugment
 
 import program
-from superb import probe
-from superb.ctc import SPLITS, ctc_greedy, ctc_loss, edit_distances, read_splits, three_splits
+from superb import ctc, probe
 from superb.upstream import Upstream
 
 CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's blank
@@ -20,10 +19,9 @@ CHARACTERS = " 'ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # the first is symbol 1; 0 is CTC's
 def make_parser():
     parser = probe.make_parser(__doc__, "asr", steps=200_000, batch_size=16, eval_every=2000)
     # s3prl's file says 32, but its dataset.py halves batches of long utterances.
-    parser.add_argument("--splits", type=three_splits, default=SPLITS, help="train, dev and test")
-    parser.add_argument(
-        "--hidden", type=program.count, default=1024, help="units per LSTM direction"
-    )
+    add = parser.add_argument
+    add("--splits", type=ctc.three_splits, default=ctc.SPLITS, help="train, dev and test")
+    add("--hidden", type=program.count, default=1024, help="units per LSTM direction")
     return parser
 
 
@@ -60,9 +58,9 @@ class SpeechRecognition:
     metric = "WER"
     higher_is_better = False
     symbols = CHARACTERS
-    loss = staticmethod(ctc_loss)
-    predict = staticmethod(ctc_greedy)
-    count = staticmethod(edit_distances)
+    loss = staticmethod(ctc.ctc_loss)
+    predict = staticmethod(ctc.ctc_greedy)
+    count = staticmethod(ctc.edit_distances)
 
     def __init__(self, hidden):
         self.hidden = hidden
@@ -75,18 +73,19 @@ class SpeechRecognition:
 
     def encode(self, words):
         """Words to characters as numbers. Raises ValueError for other characters."""
+        if not words:
+            raise ValueError("no words")
         text = " ".join(words).upper()
         unknown = sorted(set(text) - set(CHARACTERS))
-        if unknown or not words:
-            quoted = ", ".join(map(repr, unknown))
-            raise ValueError(f"characters {quoted} are not English" if words else "no words")
+        if unknown:
+            raise ValueError(f"characters {', '.join(map(repr, unknown))} are not English")
         return [CHARACTERS.index(character) + 1 for character in text]
 
 
 def evaluate(args):
     task = SpeechRecognition(args.hidden)
     with program.one_line_errors():
-        splits = read_splits(args.data, args.splits, task.encode)
+        splits = [ctc.read_split(args.data, name, task.encode) for name in args.splits]
         upstream = Upstream(args)
     return probe.evaluate(args, task, upstream, *splits)
 

@@ -31,11 +31,6 @@ def normalize(text):
     return unicodedata.normalize("NFC", text).replace("\u2019", "'")
 
 
-def read_splits(folder, names, encode):
-    """The Splits of a corpus in LibriSpeech's layout, see read_split."""
-    return [read_split(folder, name, encode) for name in names]
-
-
 def read_split(folder, name, encode):
     """The Split of a folder in LibriSpeech's layout: audio, and .trans.txt with ID WORD ...
 
@@ -44,15 +39,16 @@ def read_split(folder, name, encode):
     corpus = manifest.find_corpus(folder, [name])
     audio = {os.path.splitext(path)[0]: i for i, path in enumerate(corpus.paths())}
     skipped = {os.path.splitext(path)[0]: reason for path, reason in corpus.skipped.items()}
-    labels = {}
+    labels, seen = {}, set()
     files = [file for file in manifest.files_under(folder, name) if file.endswith(".trans.txt")]
     for file in sorted(files):
         for number, line in manifest.read_lines(os.path.join(folder, file)):
             id, *words = line.split()
             stem = os.path.join(os.path.dirname(file), id)
-            if stem in labels or not (stem in audio or stem in skipped):
-                problem = "a second line of" if stem in labels else "no audio beside it for"
+            if stem in seen or not (stem in audio or stem in skipped):
+                problem = "a second line of" if stem in seen else "no audio beside it for"
                 raise ValueError(f"{os.path.join(folder, file)}, line {number}: {problem} {id}")
+            seen.add(stem)
             if stem in audio:
                 try:
                     labels[stem] = torch.tensor(encode([normalize(word) for word in words]))

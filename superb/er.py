@@ -58,7 +58,7 @@ def read_folds(root, rows, seed):
     classes = sorted({row[1] for row in rows})
     corpus = read_corpus(root, rows)
     readable = [row for row in rows if row[0] not in corpus.skipped]
-    names = sorted({row[2] for row in readable})
+    names = sorted({row[2] for row in rows})
     if len(names) < 2:
         raise ValueError(f"{rows[0][3]}: only one fold, {names}; one has to be held out")
     folds = {}
@@ -86,22 +86,20 @@ def evaluate(args):
     for fold, splits in folds.items():
         print(f"\nfold {fold}")
         out = os.path.join(args.out, f"fold-{fold}")
-        fold_args = argparse.Namespace(**vars(args) | {"out": out})
+        fold_args = argparse.Namespace(**{**vars(args), "out": out})
         results.append(probe.evaluate(fold_args, task, upstream, *splits))
 
     accuracies = [result["accuracy"] for result in results]
     weights = [result["layer_weights"] for result in results]
     result = {name: results[0][name] for name in ("task", "metric", "upstream", "noise", "torch")}
-    result["accuracy"] = float(np.mean(accuracies))
-    per_utterance = sum([fold["per_utterance"] for fold in results], [])
-    result["per_utterance"] = per_utterance
-    result["interval"] = probe.mean_and_interval([probe.bootstrap(per_utterance)])[1:].tolist()
+    result["per_utterance"] = [counts for fold in results for counts in fold["per_utterance"]]
     result["test_set"] = key([fold["test_set"] for fold in results])
     result["deviation"] = float(np.std(accuracies, ddof=1))
     result["folds"] = dict(zip(folds, accuracies))
     result["layer_weights"] = np.mean(weights, axis=0).tolist()
     result["seconds"] = sum(fold["seconds"] for fold in results)
-    result["counts"] = {"test": {"utterances": sum(len(errors) for errors, _ in per_utterance)}}
+    utterances = sum(len(errors) for errors, _ in result["per_utterance"])
+    result["counts"] = {"test": {"utterances": utterances}}
     result["settings"] = vars(args) | {"precision": upstream.precision}
     print(f"\nmean over {len(folds)} folds, deviation {result['deviation']:.2%}")
     probe.write_result(args, result)

@@ -79,7 +79,8 @@ def main(parser, evaluate_upstream, arguments):
     folder, name = os.path.split(os.path.normpath(args.upstream))
     if name != "student.pt":
         folder = os.path.join("runs", os.path.splitext(name)[0])
-    args.out = args.out or os.path.join(folder, args.task + "-noise" * bool(args.noise))
+    suffix = "-noise" if args.noise else ""
+    args.out = args.out or os.path.join(folder, args.task + suffix)
     evaluate_upstream(args)
 
 
@@ -118,7 +119,7 @@ class LinearHead(nn.Module):
 class Sweep:
     """One probe and optimizer per learning rate, from the newest checkpoint of OUT if there is one.
 
-    step, seconds: so far. curves: {rate: [[step, score on dev], ...]}.
+    step: number of steps so far. curves: {rate: [[step, score on dev], ...]}.
     best: score, step, rate and weights of the best probe on dev; None before the first scores.
     Raises ValueError if the checkpoint is that of another run.
     """
@@ -131,8 +132,7 @@ class Sweep:
             probe = Probe(len(upstream.layers), task.head(upstream.dim)).to(upstream.device)
             self.probes.append(probe)
             self.optimizers.append(torch.optim.Adam(probe.parameters(), lr=lr, fused=True))
-        self.step, self.best = 0, None
-        seconds = 0.0
+        self.step, self.best, self.started = 0, None, time.monotonic()
         self.curves = {f"{lr:g}": [] for lr in args.lr}
         saved = checkpoint.load_latest(args.out, CONTENT)
         if saved:
@@ -140,20 +140,21 @@ class Sweep:
             unchanged = identity | {"noise": saved["identity"].get("noise")}
             checkpoint.check_same(args.out, saved["identity"], unchanged)
             self.step, self.best = saved["step"], saved["best"]
-            self.curves, seconds = saved["curves"], saved["seconds"]
-            for probe, state in zip(self.probes, saved["probes"]):
-                probe.load_state_dict(state)
-            for optimizer, state in zip(self.optimizers, saved["optimizers"]):
-                optimizer.load_state_dict(state)
-        self.started = time.monotonic() - seconds
+            self.curves = saved["curves"]
+            self.started -= saved["seconds"]
+            states = saved["probes"] + saved["optimizers"]
+            for trained, state in zip(self.probes + self.optimizers, states):
+                trained.load_state_dict(state)
 
     def seconds(self):
+        """Of this run so far, with the time before it was stopped."""
         return time.monotonic() - self.started
 
-    def update(self, states, frames, labels):
+    def update(self, states, frames, labels, ids):
         """One optimizer step per probe. Returns the losses, [float].
 
-        A probe whose gradient is not finite is not updated. Raises ValueError if none is finite.
+        A probe whose gradient is not finite is not updated. If none is finite, raises RuntimeError
+        naming utterances of the batch, of which `ids` are the names.
         """
         args, losses, norms = self.args, [], []
         for lr, probe, optimizer in zip(args.lr, self.probes, self.optimizers):
@@ -169,7 +170,8 @@ class Sweep:
                 optimizer.step()
             optimizer.zero_grad()
         if not any(map(math.isfinite, norms)):
-            raise ValueError("the gradient is not finite at any rate; lower it, or check the batch")
+            problem = "the gradient is not finite at any rate; lower it, or check the batch"
+            raise RuntimeError(f"step {self.step + 1}: {problem}: {', '.join(ids[:3])}, ...")
         self.step += 1
         return losses
 
@@ -244,10 +246,9 @@ def identify(args, task, upstream, splits):
     identity |= {"upstream": upstream.digest, "symbols": key(task.symbols)}
     identity["noise"] = splits[-1].noise_key
     for split in splits:
+        lengths = split.corpus.samples.tolist()
         labels = [label.tolist() for label in split.labels]
-        identity[split.name] = key(
-            list(split.corpus.paths()), split.corpus.samples.tolist(), labels
-        )
+        identity[split.name] = key(list(split.corpus.paths()), lengths, labels)
     return identity
 
 
@@ -264,11 +265,8 @@ def train_probes(sweep, batches, train, dev, stop):
     progress = program.Progress("step", args.steps, sweep.step)
     losses = []
     for indices, (states, frames) in zip(plan, loader):
-        try:
-            losses.append(sweep.update(states, frames, [train.labels[i] for i in indices]))
-        except ValueError as error:
-            ids = ", ".join(train.ids[i] for i in indices[:3])
-            raise RuntimeError(f"step {sweep.step + 1}: {error}: {ids}, ...") from None
+        labels, ids = [train.labels[i] for i in indices], [train.ids[i] for i in indices]
+        losses.append(sweep.update(states, frames, labels, ids))
         step, stopping = sweep.step, stop.number > 0
         is_last = step == args.steps
         if is_last or step % args.log_every == 0:
@@ -294,11 +292,9 @@ def score_best(sweep, splits, stop):
     probe.load_state_dict(best["probe"])
     references, [hypotheses] = predict(args, task, upstream, [probe], test, stop)
     errors, totals = task.count(references, hypotheses)
-    score = float(errors.sum() / totals.sum())
-    result = {"task": task.name, "metric": task.metric, task.metric.lower(): score}
+    result = {"task": task.name, "metric": task.metric}
     # Per test set, counts of errors (or correct answers) and totals; er.py has several sets.
     result["per_utterance"] = [[errors.tolist(), totals.tolist()]]
-    result["interval"] = mean_and_interval([bootstrap(result["per_utterance"])])[1:].tolist()
     result["test_set"] = key(test.ids, references, test.noise_key)
     result |= {"best_step": best["step"], "lr": best["lr"], "curves": sweep.curves}
     result["layer_weights"] = probe.weights.softmax(0).tolist()
@@ -308,9 +304,8 @@ def score_best(sweep, splits, stop):
     result["seconds"] = round(sweep.seconds(), 2)
     result |= {"settings": vars(args), "identity": sweep.identity, "torch": torch.__version__}
     if len(args.lr) > 2 and best["lr"] in (min(args.lr), max(args.lr)):
-        warnings.warn(
-            f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it"
-        )
+        message = f"the best --lr, {best['lr']:g}, is the lowest or highest; try others beyond it"
+        warnings.warn(message)
     for name, texts in (("ref", references), ("hyp", hypotheses)):
         lines = [" ".join([id, *text]) + "\n" for id, text in zip(test.ids, texts)]
         checkpoint.save(os.path.join(args.out, f"test.{name}"), "".join(lines))
@@ -379,7 +374,12 @@ def mean_and_interval(seeds):
 
 
 def write_result(args, result):
-    """Writes OUT/result.json, one line per entry, and prints it."""
+    """Writes OUT/result.json, one line per entry, and prints it.
+
+    The score and its interval are added: those of result["per_utterance"].
+    """
+    score, low, high = mean_and_interval([bootstrap(result["per_utterance"])]).tolist()
+    result |= {result["metric"].lower(): score, "interval": [low, high]}
     entries = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in result.items()]
     path = os.path.join(args.out, "result.json")
     checkpoint.save(path, "{\n" + ",\n".join(entries) + "\n}\n")

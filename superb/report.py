@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 import checkpoint
+import manifest
 import program
 from superb.probe import bootstrap, mean_and_interval
 
@@ -37,7 +38,7 @@ class Row:
 
     name: str
     group: str = ""
-    line_number: int = -1  # in rows.tsv, from 0; -1 if absent
+    line_number: int = 0  # in rows.tsv, from 1; 0 if absent
     results: dict = field(default_factory=dict)  # {column: {seed: content of result.json}}
     scores: dict = field(default_factory=dict)
     bold: dict = field(default_factory=dict)  # {column: whether the score is printed bold}
@@ -51,11 +52,12 @@ def find_row(folder):
     seed = re.fullmatch("seed-([0-9]+)", folder.name)
     folder = folder.parent if seed else folder
     row, table = Row(str(folder)), folder.absolute().parent / "rows.tsv"
-    if table.exists():
-        for number, line in enumerate(table.read_text("utf-8").splitlines()):
-            row_folder, group, name = line.split("\t")
-            if row_folder == folder.absolute().name:
-                row = Row(name, group, number)
+    for number, line in manifest.read_lines(table) if table.exists() else []:
+        columns = line.rstrip("\n").split("\t")
+        if len(columns) != 3:
+            raise ValueError(f"{table}, line {number}: not FOLDER<tab>GROUP<tab>NAME")
+        if columns[0] == folder.absolute().name:
+            row = Row(columns[2], columns[1], number)
     return row, int(seed[1]) if seed else 0
 
 
@@ -95,13 +97,18 @@ def run_folder(folder):
     return folder.parent if has_task else folder
 
 
-def rename(rows, names):
-    """Renames rows. names: {name: new name}. Raises ValueError for other names."""
+def rename(rows, pairs):
+    """Renames rows. pairs: "name=new name". Raises ValueError for other and for equal names."""
+    names = {}
+    for pair in pairs:
+        name, _, names[name] = pair.rpartition("=")
     for row in rows:
         row.name = names.pop(row.name, row.name)
+    there = [row.name for row in rows]
     if names:
-        there = ", ".join(row.name for row in rows)
-        raise ValueError(f"--names {next(iter(names))}: no such row; there are {there}")
+        raise ValueError(f"--names {next(iter(names))}: no such row; there are {', '.join(there)}")
+    if len(set(there)) < len(there):
+        raise ValueError(f"--names: two rows of one name; they would be {', '.join(there)}")
 
 
 def column_of(result):
@@ -165,10 +172,10 @@ def score_rows(rows, against=None):
 
 def describe_sample(rows, column):
     """Such as "2,500 utterances, 1 to 3 seeds"."""
-    seeds = [row.results[column] for row in rows if column in row.results]
-    result = next(iter(seeds[0].values()))
+    per_row = [row.results[column] for row in rows if column in row.results]
+    result = next(iter(per_row[0].values()))
     test = list(result["counts"].values())[-1]  # train, dev, test
-    counts = sorted({len(results) for results in seeds})
+    counts = sorted({len(seeds) for seeds in per_row})
     number = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
     return f"{test['utterances']:,} utterances, {number} seed{'' if number == '1' else 's'}"
 
@@ -324,7 +331,7 @@ def draw_curves(folders, path):
         if not lines:
             raise ValueError(f"{folder}/metrics.jsonl: no complete line")
         has_seed = folder.name.startswith("seed-")
-        home = folder.parents[has_seed]
+        home = folder.parent.parent if has_seed else folder.parent
         seed = folder.name.replace("seed-", ", seed ") if has_seed else ""
         names.append(find_row(folder)[0].name + seed)
         for head in [key.removeprefix("l1/") for key in lines[0] if key.startswith("l1/")]:
@@ -369,7 +376,8 @@ def draw_steps(folders, path):
         all_rows += rows
         for row in rows:
             for column, interval in row.scores.items():
-                points.setdefault((row.name, column), []).append((steps, *100 * interval))
+                point = (steps, *(100 * interval))
+                points.setdefault((row.name, column), []).append(point)
     columns, names = columns_of(all_rows), list(dict.fromkeys(row.name for row in all_rows))
     title = "Scores over the steps of distillation"
     figure, panels = new_figure(len(columns), 1 + 2.6 * len(columns), 3.2, title, sharey=False)
@@ -405,12 +413,14 @@ def main(arguments=None):
     program.init()
     with program.one_line_errors():
         args = parser.parse_args(arguments)
-        drawn = [args.steps or [], args.curves or []]
-        if 1 in map(len, drawn) or not (args.folders or any(drawn)):
-            raise ValueError("give folders of evaluations, or --curves FILE.svg RUN")
+        if len(args.steps or "..") == 1 or len(args.curves or "..") == 1:
+            raise ValueError("give --steps FILE.svg FOLDER, or --curves FILE.svg RUN")
+        of_table = [args.against, args.names, args.to, args.picture, args.layers]
+        if not args.folders and (any(of_table) or not (args.steps or args.curves)):
+            raise ValueError("no folders of evaluations")
         if args.folders:
             rows = read_rows(args.folders)
-            rename(rows, dict(pair.rpartition("=")[::2] for pair in args.names))
+            rename(rows, args.names)
             text = table(rows, score_rows(rows, args.against))
             print(text, end="", flush=True)
             if args.to:

@@ -7,6 +7,7 @@ The same command resumes a run.
 """
 
 import csv
+import math
 import os
 
 import numpy as np
@@ -27,7 +28,8 @@ def make_parser():
     parser = probe.make_parser(__doc__, "sid", **defaults)
     about = "a .csv of path,label,split (train, dev or test); paths are relative to its folder"
     parser.add_argument("--manifest", help=about)
-    parser.add_argument("--crop", type=float, default=8.0, help="seconds per utterance in training")
+    about = "seconds per utterance in training"
+    parser.add_argument("--crop", type=program.at_least_0, default=8.0, help=about)
     return parser
 
 
@@ -54,6 +56,10 @@ def read_table(path, columns):
     rows, lines = [], manifest.read_lines(path)
     table = csv.DictReader(line.replace("\0", "") for _, line in lines)
     table.fieldnames = [name.strip() for name in table.fieldnames or []]
+    missing = [column for column in columns if column not in table.fieldnames]
+    if missing:
+        header = ",".join(columns)
+        raise ValueError(f"{path}, line 1: the header lacks {missing[0]}; write {header}")
     for (number, _), row in zip(lines[1:], table):
         place = f"{path}, line {number}"
         values = [(row.get(column) or "").strip() for column in columns]
@@ -109,7 +115,7 @@ class MeanHead(probe.LinearHead):
     SUPERB projects first, then takes the mean: both are linear, so the results are equal.
     """
 
-    def __init__(self, dim, classes, crop=None):
+    def __init__(self, dim, classes, crop=math.inf):
         super().__init__(dim, classes)
         self.crop = crop
 
@@ -117,7 +123,7 @@ class MeanHead(probe.LinearHead):
         """x: (batch, frames, dim); frames: (batch,). Returns logits, (batch, classes)."""
         means = []
         for utterance, length in zip(x, frames.tolist()):
-            size = min(self.crop, length) if self.training and self.crop else length
+            size = min(self.crop, length) if self.training else length
             start = int(torch.randint(length - size + 1, ()))
             means.append(utterance[start : start + size].mean(0))
         return super().forward(torch.stack(means), frames)
@@ -126,13 +132,13 @@ class MeanHead(probe.LinearHead):
 class Classification:
     """A task, as PhonemeRecognition; a label is a () tensor, the number of a class.
 
-    crop: the longest crop in training, in frames, or None.
+    crop: the longest crop in training, in frames.
     """
 
     metric = "accuracy"
     higher_is_better = True
 
-    def __init__(self, name, classes, crop=None):
+    def __init__(self, name, classes, crop=math.inf):
         self.name, self.symbols, self.crop = name, classes, crop
 
     def head(self, dim):

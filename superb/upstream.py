@@ -26,12 +26,10 @@ class Split(torch.utils.data.Dataset):
     Raises ValueError if over 10% of the utterances are skipped, or one is too long.
     """
 
-    noise = noise_key = cache = None
-    memory = {}
-
     def __init__(self, name, corpus, ids, labels, skipped):
         self.name, self.corpus, self.skipped = name, corpus, skipped
         self.ids, self.labels = ids, labels
+        self.memory, self.cache, self.noise, self.noise_key = {}, None, None, None
         self.counts = {"utterances": len(ids), "skipped": len(skipped)}
         total = len(ids) + len(skipped)
         if len(skipped) > 0.1 * total:
@@ -241,7 +239,8 @@ def load_states(upstream, split, plan, workers, stop):
 
     plan: per batch, the indices of its utterances.
     """
-    workers = 0 if split.memory_key(0) in upstream.memory else workers  # would copy it all
+    if split.memory_key(0) in upstream.memory:
+        workers = 0  # each would copy the memory
     for items in data.load_batches(split, plan, workers, upstream.device.type == "cuda", stop):
         items = [upstream(x) if x.dim() == 1 else x for x in items]  # 1: a waveform
         items = [x.to(upstream.device, non_blocking=True) for x in items]

@@ -123,6 +123,15 @@ def test_iemocap_is_read_as_it_unpacks(tmp_path):
         er.read_iemocap(str(tmp_path / "Session1"))
 
 
+def test_fold_without_a_usable_utterance_is_refused(tmp_path):
+    write_audio(tmp_path, [6000] * 4 + [100])
+    lines = [f"{number:03d}.flac,x,{number % 2}\n" for number in range(4)]
+    (tmp_path / "list.csv").write_text("path,label,fold\n" + "".join(lines) + "004.flac,x,2\n")
+    rows = read_table(str(tmp_path / "list.csv"), ["path", "label", "fold"])
+    with pytest.raises(ValueError, match="1 of 1 utterances cannot be used.*004.flac: 100 samples"):
+        er.read_folds(str(tmp_path), rows, seed=0)
+
+
 @pytest.mark.parametrize(
     "text, words",
     [

@@ -18,7 +18,7 @@ TEACHER = {"upstream": f"{ROOT}/demo/hubert.pt", "steps": 40, "eval_every": 20, 
 
 def lexicon_of(tmp_path, text):
     (tmp_path / "lexicon.txt").write_text(text)
-    return evaluate_pr.read_lexicon([str(tmp_path / "lexicon.txt")])
+    return ctc.read_lexicon([str(tmp_path / "lexicon.txt")])
 
 
 # ------------------------------------------------------------------ the score
@@ -146,7 +146,7 @@ def test_line_without_phones_is_refused_by_file_and_line(tmp_path, line):
     with pytest.raises(ValueError, match="empty lexicon"):
         lexicon_of(tmp_path, "\n")
     with pytest.raises(FileNotFoundError, match="nowhere.*lexicon.*openslr"):
-        evaluate_pr.read_lexicon(["nowhere"])
+        ctc.read_lexicon(["nowhere"])
 
 
 # ------------------------------------------------------------------ transcripts
@@ -183,6 +183,22 @@ def test_transcript_that_does_not_fit_the_audio_is_refused(corpus, tmp_path, ext
     path.write_text(text + extra.format(first=text.splitlines()[0]) + "\n")
     with pytest.raises(ValueError, match=f"{path}, line {text.count(chr(10)) + 1}: .*{words}"):
         ctc.read_split(str(folder), "dev-clean", lambda words: [1])
+
+
+def test_second_line_of_an_utterance_that_is_skipped_is_refused(corpus, tmp_path):
+    folder = tmp_path / "corpus"
+    shutil.copytree(corpus, folder)
+    path = sorted(folder.glob("dev-clean/*/*/*.trans.txt"))[0]
+    first = path.read_text().splitlines()[0]
+    path.write_text(f"{first.split()[0]} OOV\n{path.read_text()}")
+
+    def encode(words):
+        if words == ["OOV"]:
+            raise ValueError("not in the lexicon")
+        return [1]
+
+    with pytest.raises(ValueError, match=f"{path}, line 2: a second line of {first.split()[0]}"):
+        ctc.read_split(str(folder), "dev-clean", encode)
 
 
 def test_split_with_over_a_tenth_of_unusable_utterances_is_refused_with_a_reason(tmp_path):

@@ -200,7 +200,7 @@ def test_cached_states_are_reused_and_damaged_files_computed_again(
 
 
 def test_predictions_do_not_depend_on_the_batch_size(upstreams, corpus):
-    task = evaluate_pr.PhonemeRecognition(evaluate_pr.read_lexicon([corpus / "lexicon.txt"]))
+    task = evaluate_pr.PhonemeRecognition(ctc.read_lexicon([corpus / "lexicon.txt"]))
     split = ctc.read_split(str(corpus), "test-clean", task.encode)
     network = upstream(upstreams / "hubert.pt")
     torch.manual_seed(0)
@@ -527,7 +527,7 @@ def test_a_stopped_evaluation_in_noise_resumes(corpus, whole, upstreams, tmp_pat
     write_audio(tmp_path / "noise", [9000, 70000])
     settings = {"upstream": upstreams / "student.pt", "noise": tmp_path / "noise", "snr": 0}
     whole_result = score(corpus, tmp_path / "whole", **settings)
-    loss, losses = evaluate_pr.ctc_loss, []
+    loss, losses = ctc.ctc_loss, []
 
     def stop_in_step_6(*arguments):
         losses.append(loss(*arguments))

@@ -168,6 +168,7 @@ def test_folders_without_a_result_are_named_in_one_line_and_the_others_used(resu
         (["--curves", "c.svg", "nowhere"], "nowhere/metrics.jsonl"),
         (["--curves", "c.svg", "{tmp}"], "no complete line"),
         (["--steps", "s.svg", "{0}"], "seed-0/config.json: no steps in it"),
+        (["--names", "filter banks=average of three"], "two rows of one name"),
     ],
 )
 def test_bad_input_is_one_line(results, tmp_path, capsys, flags, words):
@@ -175,6 +176,16 @@ def test_bad_input_is_one_line(results, tmp_path, capsys, flags, words):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lo')
     flags = [flag.format(*results, tmp=tmp_path) for flag in flags]
     assert words in refused(capsys, report, [*results, *flags])
+
+
+def test_flags_of_the_table_need_folders_and_damaged_rows_are_named(results, tmp_path, capsys):
+    for flags in (["--to", "t.md"], ["--names", "a=b"], ["--picture", "p.svg"]):
+        line = refused(capsys, report, ["--curves", "c.svg", "run", *flags])
+        assert "no folders of evaluations" in line
+    (tmp_path / "rows.tsv").write_text("\n" + NAMES)
+    assert [row.name for row in report.read_rows(results)] == ["filter banks", "average of three"]
+    (tmp_path / "rows.tsv").write_text(NAMES + "all average\n")
+    assert "rows.tsv, line 3: not FOLDER<tab>" in refused(capsys, report, results)
 
 
 def test_pictures_say_rows_samples_and_seeds_on_a_white_ground(results, tmp_path):

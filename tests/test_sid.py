@@ -53,6 +53,7 @@ def test_crop_is_in_seconds(speakers, tmp_path, monkeypatch, capsys):
     on_cpu(sid, flags_of(settings))
     assert crops == [48]  # frames of 10 ms
     assert "--crop 0.02 is less" in refused(capsys, sid, flags_of(settings | {"crop": 0.02}))
+    assert "--crop: nan" in refused(capsys, sid, flags_of(settings | {"crop": "nan"}))
 
 
 def test_speakers_are_identified_better_than_by_chance(speakers, upstreams, tmp_path):
@@ -92,7 +93,7 @@ def test_blanks_and_a_byte_order_mark_in_a_table_are_ignored(tmp_path):
     "name, text, words",
     [
         ("list.csv", None, ["list.csv"]),
-        ("list.csv", "path,label\na.flac,x\n", ["line 2", "split", "missing"]),
+        ("list.csv", "path,label\na.flac,x\n", ["line 1", "the header lacks split"]),
         ("list.csv", "path,label,split\n000.flac,x,training\n", ["line 2", "'training'"]),
         ("list.csv", "path,label,split\n000.flac,,train\n", ["line 2", "missing"]),
         ("list.csv", "path,label,split\n000.flac,x\n", ["line 2", "missing"]),

@@ -470,6 +470,9 @@ def test_damaged_and_foreign_files_are_refused_in_one_line_that_names_them(tmp_p
     torch.save({}, tmp_path / "hf" / "pytorch_model.bin")
     torch.save({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.pt")
     torch.save([1, 2, 3], tmp_path / "list.pt")
+    torch.save({0: torch.zeros(3)}, tmp_path / "numbers.pt")
+    torch.save({"model_weight": [1]}, tmp_path / "s3prl.pt")
+    torch.save({"Distiller": torch.zeros(3)}, tmp_path / "distiller.pt")
     torch.save({"format": "ekd-student-1"}, tmp_path / "student.pt")
     content = {
         "short.pt": whole[: len(whole) // 2],
@@ -481,7 +484,8 @@ def test_damaged_and_foreign_files_are_refused_in_one_line_that_names_them(tmp_p
     for name, data in content.items():
         (tmp_path / name).write_bytes(data)
     words = dict.fromkeys(content, "damaged") | {"hf": "config.json: not JSON"}
-    words |= {"resnet.pt": "not a HuBERT or WavLM", "list.pt": "not a HuBERT or WavLM"}
+    others = ("resnet.pt", "list.pt", "numbers.pt", "s3prl.pt", "distiller.pt")
+    words |= dict.fromkeys(others, "not a HuBERT or WavLM")
     words |= {"student.pt": "a student; give the folder that export.py", "none": "hubert_large"}
     for name, expected in words.items():
         with pytest.raises((ValueError, FileNotFoundError)) as error:

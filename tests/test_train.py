@@ -370,6 +370,17 @@ def test_the_loss_on_held_out_audio_is_the_same_on_two_processes(job, tmp_path, 
         assert len(list((tmp_path / "cache").rglob("*.pt"))) == 24 + 20
 
 
+def test_damaged_held_out_audio_is_warned_of_once(job, tmp_path, capsys):
+    write_audio(tmp_path / "audio" / "train", [6400] * 16, seed=3)
+    (damaged, *_) = write_audio(tmp_path / "audio" / "valid", [6400] * 16, seed=4)
+    damaged.write_bytes(damaged.read_bytes()[:3000])
+    settings = {"data": tmp_path / "audio", "splits": "train", "max_seconds": 1, "steps": 4}
+    distil(job, tmp_path / "out", **settings, valid="valid", valid_every=2)
+    printed = capsys.readouterr()
+    assert printed.out.count("  valid ") == 2
+    assert printed.err.count(f"warning: skipped valid/{damaged.name}: ") == 1
+
+
 def test_without_clipping_the_gradient_is_used_as_it_is(job, reference):
     weights = distil(job, "unclipped", clip=0)
     assert_equal_student(weights, reference)  # whose gradients are below the limit
@@ -544,6 +555,7 @@ BAD_INPUT = [
     ({"student_layers": 5}, ["of 5 layers", "random initial weights"]),
     ({"lr": "fast"}, ["--lr", "fast"]),
     ({"max_seconds": 0.01}, ["pieces of 0.01 s", "0.05"]),
+    ({"max_seconds": "nan"}, ["--max-seconds", "at least 0"]),
     ({"weight_decay": -1}, ["--weight-decay", "at least 0"]),
     ({"lr": -1e-3}, ["--lr", "at least 0"]),
     ({"clip": "nan"}, ["--clip", "at least 0"]),
