@@ -67,8 +67,8 @@ class Run:
             root = manifest.read_root(root)
         return manifest.read_manifest(self.manifest, root)
 
-    def restore(self, student, optimizer, batches, stop):
-        """Gives student and optimizer the state of the checkpoint, and frees it.
+    def begin(self, student, optimizer, batches, stop):
+        """Before the first step: restores the checkpoint, if there is one, and starts the log.
 
         batches: the TrainBatches. stop: the program.StopSignal that ends the run.
         """

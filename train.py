@@ -107,7 +107,7 @@ def main(arguments=None):
         print(f"teachers: {', '.join(ensemble.names)}; heads: {', '.join(student.head_names)}")
         print(f"student: {millions:.2f} million parameters; {args.precision} on {device.type}")
     with program.one_line_errors():
-        run.restore(student, optimizer, batches, stop)
+        run.begin(student, optimizer, batches, stop)
     steps = range(run.start, args.steps)
     batches.plan(run.start // batches.steps_per_epoch)  # here, so that workers share its memory
     loader = data.load_batches(batches, steps, args.workers, device.type == "cuda", stop)
