@@ -5,7 +5,6 @@ import concurrent.futures
 import hashlib
 import os
 import re
-import time
 import warnings
 from array import array
 
@@ -131,7 +130,7 @@ def list_audio(folder, splits):
     """The set of the paths of audio files under sub-folders of a folder, by their names alone."""
     root = os.path.realpath(folder)
     paths, unsupported = set(), collections.Counter()  # of endings
-    printed = time.monotonic()
+    progress = program.Progress(f"audio files in {folder}", total=None)
     for split in splits:
         if not os.path.isdir(os.path.join(root, split)):
             raise FileNotFoundError(f"{os.path.join(folder, split)}: no such folder")
@@ -141,9 +140,7 @@ def list_audio(folder, splits):
                 paths.add(path)
             elif ending in UNSUPPORTED:
                 unsupported[ending] += 1
-            if program.RANK == 0 and time.monotonic() - printed > 20:
-                printed = time.monotonic()
-                print(f"{folder}: {len(paths):,} audio files so far", flush=True)
+            progress.show(len(paths))
     if unsupported:
         counts = ", ".join(f"{count} {ending}" for ending, count in unsupported.items())
         warnings.warn(f"{folder}: not read, convert to FLAC: {counts}")

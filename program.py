@@ -260,7 +260,10 @@ def say(text):
 
 
 class Progress:
-    """Of a long loop, prints a line about every 20 s with the time that is left, on rank 0."""
+    """Of a long loop, prints a line about every 20 s with the time that is left, on rank 0.
+
+    total: number of items, or None if it is unknown.
+    """
 
     def __init__(self, name, total, start=0):
         self.name, self.total, self.start = name, total, start
@@ -271,16 +274,18 @@ class Progress:
         now = time.monotonic()
         if RANK == 0 and now - self.printed > 20:
             self.printed = now
-            say(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}")
+            if self.total is None:
+                say(f"{self.name}: {number:,} so far")
+            else:
+                say(f"{self.name}: {number:,} of {self.total:,}, {self.left(number)}")
 
     def left(self, number):
-        """Such as "90 s left" or "3 min left"."""
+        """Such as "90 s left" or "3 min left", by the mean speed since the start."""
         speed = (number - self.start) / (time.monotonic() - self.started)
-        return time_left((self.total - number) / speed) if speed else "..."
-
-
-def time_left(seconds):
-    return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
+        if not speed:
+            return "..."
+        seconds = (self.total - number) / speed
+        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
 
 # ------------------------------------------------------------------ flags and errors

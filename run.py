@@ -154,7 +154,7 @@ class Log:
 
     def __init__(self, args, heads, start):
         self.args, self.heads, self.board = args, heads, None
-        self.step, self.time = start, time.monotonic()
+        self.time = time.monotonic()  # of the last line
         self.progress = program.Progress("step", args.steps, start)
         self.path = os.path.join(args.out, "metrics.jsonl")
         if os.path.exists(self.path):  # drop what was written after the checkpoint
@@ -173,8 +173,7 @@ class Log:
         held_out_terms: (2, heads) too, or None.
         """
         seconds = time.monotonic() - self.time
-        left = program.time_left(seconds / (step - self.step) * (self.args.steps - step))
-        self.step, self.time = step, time.monotonic()
+        self.time = self.progress.printed = time.monotonic()
         loss, l1, cosine = self.loss(means)
         text = f"loss {loss:.4f}  L1 {l1:.4f}  cosine {cosine:.4f}  lr {lr:.2e}"
         row = {"step": step, "loss": loss, "l1": l1, "cosine": cosine, "lr": lr, "norm": norm}
@@ -184,9 +183,8 @@ class Log:
         if held_out_terms is not None:
             row["valid"], row["valid_l1"], row["valid_cosine"] = self.loss(held_out_terms)
             text += f"  valid {row['valid']:.4f}"
-        text += f"  {audio / seconds:.3g} s of audio/s  {left}"
+        text += f"  {audio / seconds:.3g} s of audio/s  {self.progress.left(step)}"
         program.say(f"step {step}/{self.args.steps}  {text}")
-        self.progress.printed = time.monotonic()
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.board:

@@ -154,7 +154,7 @@ def test_a_long_scan_prints_lines_with_what_is_left(tmp_path, capsys, monkeypatc
     monkeypatch.setattr(time, "monotonic", lambda: next(now))
     find_corpus(tmp_path, ["."])
     printed = capsys.readouterr().out
-    assert f"{tmp_path}: 1 audio files so far" in printed
+    assert f"audio files in {tmp_path}: 1 so far" in printed
     assert "headers of audio files: 3 of 3, 0 s left" in printed
 
 
