@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The comparison of arXiv:2302.12757 in SUPERB's tasks: students of one, two and all teachers, the
 # teachers and two baselines. Prints every command, and writes results.md and pictures to OUT.
-# The same command resumes.
+# The same command resumes. An aggregation that is added to aggregate.py gets a row too.
 #
 #     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
@@ -186,9 +186,11 @@ stop_on_signals
 mkdir -p "$OUT/logs" && touch "$OUT/rows.tsv" || exit 2
 IFS=, read -ra paths <<<"$TEACHERS"
 IFS=, read -ra names <<<"$NAMES"
-short_names='import sys, teachers; print(*teachers.short_names(sys.argv[1:]), sep="\n")'
-folders=$(python -c "$short_names" "${paths[@]}") || exit 2
-mapfile -t folders <<<"$folders"
+lists='import sys, aggregate, teachers
+print(*aggregate.AGGREGATIONS)
+print(*teachers.short_names(sys.argv[1:]), sep="\n")'
+lists=$(python -c "$lists" "${paths[@]}") || exit 2
+{ read -r aggregations; mapfile -t folders; } <<<"$lists"
 numbers=(no one two three four five)
 n=${#paths[@]} count=${numbers[n]-$n}
 ((${#names[@]} == n)) || refuse "NAMES must have one name per teacher of TEACHERS"
@@ -212,6 +214,10 @@ row avg "$group" "average of $count" train "$TEACHERS"
 row concat "$group" "concatenation of $count" train "$TEACHERS" --agg concat
 row none "$group" "separate heads of $count" train "$TEACHERS" --agg none
 row avg-one-head "$group" "average, one head" train "$TEACHERS" --heads "${HEADS##*,}"
+for agg in $aggregations; do    # those that a user has added to aggregate.py
+    [[ $agg =~ ^(avg|concat|none)$ ]] ||
+        row "$agg" "$group" "$agg of $count" train "$TEACHERS" --agg "$agg"
+done
 
 read -rd '' -a rows <<<"$ROWS"
 ((${#rows[@]})) || rows=("${all_rows[@]}")

@@ -96,8 +96,10 @@ def test_the_readmes_aggregation_works_as_it_is_written(monkeypatch):
     (block,) = [block.split("```")[0] for block in blocks if "AGGREGATIONS[" in block]
     monkeypatch.setattr(aggregate, "AGGREGATIONS", dict(aggregate.AGGREGATIONS))
     exec(block, vars(aggregate))
-    states = [[torch.zeros(1, 2, 4)], [torch.zeros(1, 2, 4)], [torch.ones(1, 2, 4)]]
-    assert float(aggregate.AGGREGATIONS["last"](states)[0][0, 0, 0]) == pytest.approx(2 / 4)
+    quiet, loud = torch.randn(1, 2, 4), 1 + 100 * torch.randn(1, 2, 4)
+    (target,) = aggregate.AGGREGATIONS["norm"]([[quiet], [loud]])
+    shares = [torch.nn.functional.layer_norm(x, (4,)) / 2 for x in (quiet, loud)]
+    torch.testing.assert_close(target, sum(shares))
 
 
 def no_batch(states):

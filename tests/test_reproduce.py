@@ -17,11 +17,11 @@ ALL |= {"TEACHERS": f"{ROOT}/demo/hubert.pt,{ROOT}/demo/wavlm.pt", "NAMES": "HuB
 ALL |= {"HEADS": "2,3,4", "TRAIN": "--splits train-clean-100 --batch-size 8 --workers 0"}
 
 
-def start(folder, *flags, **settings):
+def start(folder, *flags, script=ROOT / "superb/reproduce.sh", **settings):
     """The script, started in `folder`."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     return subprocess.Popen(
-        ["bash", str(ROOT / "superb/reproduce.sh"), *flags],
+        ["bash", str(script), *flags],
         cwd=folder,
         env=environment(PATH=path, PROCESSES="1", **settings),
         stdout=subprocess.PIPE,
@@ -126,6 +126,23 @@ def test_rows_run_at_once_in_the_order_given_and_a_signal_stops_all(corpus, tmp_
     for row, log in zip(("none", "hubert"), logs):
         saved = torch.load(tmp_path / "out" / row / "seed-0/last.pt", weights_only=True)
         assert saved["step"] == log.read_text().count("loss ") >= 2
+
+
+def test_an_aggregation_that_a_user_adds_is_a_row(corpus, tmp_path):
+    shutil.copytree(ROOT / "superb", tmp_path / "superb")
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    with open(tmp_path / "aggregate.py", "a") as file:
+        file.write('\nAGGREGATIONS["mine"] = average\n')
+    settings = {"DATA": str(corpus), "ROWS": "mine", "TASKS": "", "STEPS": "2", "OUT": "out"}
+    settings |= {"TEACHERS": f"{ROOT}/demo/hubert.pt,{ROOT}/demo/wavlm.pt", "HEADS": "2"}
+    settings |= {"NAMES": "HuBERT,WavLM", "TRAIN": "--splits train-clean-100 --batch-size 8"}
+    done = reproduce(tmp_path, script=tmp_path / "superb/reproduce.sh", **settings)
+    assert done.returncode == 0 and "--agg mine" in done.stdout, done.stderr
+    assert (tmp_path / "out/mine/seed-0/student.pt").exists()
+    assert (
+        "mine\tstudents of two teachers\tmine of two\n" in (tmp_path / "out/rows.tsv").read_text()
+    )
 
 
 def test_commands_and_their_output_are_printed_and_the_commands_can_be_copied(corpus, tmp_path):
