@@ -46,10 +46,10 @@ def distil(args, ensemble, student, optimizer, batches, held_out, run, device):
     for step, batch in enumerate(batches, start=run.start + 1):
         optimizer.param_groups[0]["lr"] = learning_rate(step, args)
         program.seed(args.seed, step, RANK)  # for dropout; a resumed run needs no saved RNG state
-        terms = []
+        terms = []  # per part (2, heads), L1 and cosine
         for number, part in enumerate(split(batch, args.accumulate, device), start=1):
             is_last = number == args.accumulate
-            # Read by DDP alone: gradients are averaged once per step.
+            # DDP reads this: it averages the gradients of all ranks in the last part alone.
             parallel_student.require_backward_grad_sync = is_last
             loss, l1, cosine = forward(part)
             (loss / args.accumulate).backward()

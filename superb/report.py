@@ -413,7 +413,7 @@ def main(arguments=None):
     program.init()
     with program.one_line_errors():
         args = parser.parse_args(arguments)
-        if len(args.steps or "..") == 1 or len(args.curves or "..") == 1:
+        if any(drawn and len(drawn) == 1 for drawn in (args.steps, args.curves)):
             raise ValueError("give --steps FILE.svg FOLDER, or --curves FILE.svg RUN")
         of_table = [args.against, args.names, args.to, args.picture, args.layers]
         if not args.folders and (any(of_table) or not (args.steps or args.curves)):
