@@ -216,10 +216,10 @@ def main(arguments=None):
         student = load_student(path)
         about = checkpoint.load(path) | {"language": args.language, "license": args.license}
         about |= checkpoint.read_json(os.path.join(os.path.dirname(path), "config.json"))
+        write_transformers(student, args.to, about)
         step, steps = about.get("step"), about.get("settings", {}).get("steps")
         if step is not None and steps is not None and step < steps:
             warnings.warn(f"{path}: after step {step} of {steps}; train.py has not finished")
-        write_transformers(student, args.to, about)
     print(f"{args.to}: a HuBERT for transformers; {args.to}/README.md is its model card")
 
 
