@@ -1,7 +1,7 @@
 """What an ensemble is for: synthetic speech, three teachers that differ, and their students.
 
     python -m demo          # students of HuBERT, of WavLM and of the average of three: 8 minutes
-    python -m demo --all    # every row and task of superb/reproduce.sh, five seeds: hours
+    python -m demo --all    # every row and task of superb/reproduce.sh, five seeds: 2 hours
 
 Runs superb/reproduce.sh, which prints the commands of train.py, evaluate_pr.py and superb, and the
 table of scores after each row. Writes to data/demo and runs/demo alone. The same command resumes.
