@@ -98,7 +98,7 @@ def run_folder(folder):
 
 
 def rename(rows, pairs):
-    """Renames rows. pairs: "name=new name". Raises ValueError for other and for equal names."""
+    """Renames rows. pairs: "name=new name". Raises ValueError for unknown and equal names."""
     names = {}
     for pair in pairs:
         name, _, names[name] = pair.rpartition("=")
@@ -216,7 +216,7 @@ def table(rows, differences):
 
 
 def new_figure(count, width, height, title, sharey=True):
-    """(figure, panels) on a white ground. Raises ValueError if matplotlib is missing."""
+    """(figure, panels) on a white background. Raises ValueError if matplotlib is missing."""
     os.environ.pop("MPLBACKEND", None)  # pictures in files need none; a missing one is an error
     try:
         import matplotlib
@@ -361,7 +361,7 @@ def draw_curves(folders, path):
 
 
 def draw_steps(folders, path):
-    """A panel per column: scores over the steps of distillation, a line per student."""
+    """A panel per column: scores over the steps of distillation, a line per name in rows.tsv."""
     by_steps = {}  # {steps: folders of evaluations}
     for folder in map(Path, folders):
         config = run_folder(folder) / "config.json"

@@ -240,6 +240,7 @@ def test_scores_over_steps_have_a_panel_per_task_and_a_line_per_student(tmp_path
     on_cpu(report, ["--steps", tmp_path / "s.svg", *folders])
     text = (tmp_path / "s.svg").read_text()
     words = [PR, SID, "500", "2,000", "average of three", "filter banks"]
+    assert text.count('<g id="LineCollection_') == 3  # error bars, one set per line
     assert all(text.count(f">{word}<") in (1, 2) for word in words)
 
 
