@@ -54,7 +54,7 @@ class Ensemble:
     layers: numbers of hidden states, one list for all teachers, or one equally long per teacher.
     agg: a key of AGGREGATIONS. weights: of the teachers in an average, or None.
     heads: [(name, target dim), ...], a prediction head of the student per target.
-    example: the targets that the aggregation makes of small whole numbers in place of states.
+    example: targets of small dummy states, which show the dims, and a change of the aggregation.
     Raises ValueError for a layer that a teacher lacks, for frames that differ between teachers,
     and for dims that cannot be aggregated.
     """

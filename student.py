@@ -3,7 +3,7 @@
     student = load_student("runs/avg/student.pt")
     states = student.hidden_states(waveforms, lengths)    # 0..N, each (batch, frames, dim)
 
-Source: DistilHuBERT, arXiv:2110.01900; heads per teacher: arXiv:2302.12757.
+Source: DistilHuBERT, arXiv:2110.01900; targets of several teachers: arXiv:2302.12757.
 """
 
 import dataclasses

@@ -255,7 +255,7 @@ def parse(arguments=None):
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise ValueError("--tensorboard: pip install tensorboard")
     if args.weights and args.agg != "avg":
-        raise ValueError("--weights are those of --agg avg")
+        raise ValueError("--weights needs --agg avg")
     return args
 
 
