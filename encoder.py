@@ -232,11 +232,24 @@ class PositionalEmbedding(nn.Module):
             if padding is not None:  # zeros, as after an utterance alone
                 x = x.masked_fill(padding, 0)
             # An even kernel gives one frame more.
-            x = conv(x.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]
+            x = convolve(conv, x.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]
             if self.layer_norm:
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.gelu(x)
         return x
+
+
+def convolve(conv, x):
+    """conv(x); on a CPU in float32 if it has fewer than 16 channels per group.
+
+    For these, oneDNN's bf16 gives wrong values on CPUs with AMX (torch 2.11).
+    """
+    if x.device.type != "cpu" or conv.in_channels // conv.groups >= 16:
+        return conv(x)
+    with torch.autocast("cpu", enabled=False):
+        weight, bias = conv.weight.float(), conv.bias.float()
+        y = F.conv1d(x.float(), weight, bias, padding=conv.padding, groups=conv.groups)
+    return y.to(x.dtype)
 
 
 class TransformerLayer(nn.Module):

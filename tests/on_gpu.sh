@@ -14,7 +14,7 @@ part() {  # part NAME SECONDS COMMAND...: runs COMMAND; its output is in OUT/NAM
 }
 
 batch=$(seq -s " " 12 0.125 14.875)  # 24 utterances, train.py's batch
-test() { part "$1" "$2" python -m pytest -q -n 0 -rfE "${@:3}"; }
+test() { part "$1" "$2" python -m pytest -v -n 0 "${@:3}"; }
 bench() { part "$1" "$2" python bench.py --seconds $batch --steps 3 "${@:3}"; }
 test losses 90 tests/test_train.py::test_a_gpu_gives_the_losses_of_the_cpu
 bench bench 90 --cache

@@ -38,6 +38,17 @@ def test_padding_does_not_change_an_utterance(kind):
             assert (a[row, frames:] == 0).all()
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+def test_bf16_gives_the_states_of_float32(kind):
+    encoder, waveforms = random_encoder(**FAMILY[kind]), noise(2, 8000)
+    expected = states(encoder, waveforms)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = states(encoder, waveforms)
+    for found in (mixed, states(encoder.bfloat16(), waveforms)):
+        for state, exact in zip(found, expected, strict=True):
+            assert relative_difference(state.float(), exact) < 0.05
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_come_in_the_requested_order_and_none_above_them_is_computed(kind):
     encoder, computed = random_encoder(**KINDS[kind]), []
