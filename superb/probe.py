@@ -164,8 +164,8 @@ class Sweep:
             program.seed(args.seed, self.step)
             loss = self.task.loss(probe.train()(states, frames), frames, labels)
             loss.backward()
+            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))  # waits for a GPU
             losses.append(loss.item())
-            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
             if math.isfinite(norms[-1]):
                 optimizer.step()
             optimizer.zero_grad()
