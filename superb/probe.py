@@ -164,7 +164,7 @@ class Sweep:
             program.seed(args.seed, self.step)
             loss = self.task.loss(probe.train()(states, frames), frames, labels)
             loss.backward()
-            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))  # waits for a GPU
+            norms.append(float(nn.utils.clip_grad_norm_(probe.parameters(), 1.0)))
             losses.append(loss.item())
             if math.isfinite(norms[-1]):
                 optimizer.step()

@@ -361,14 +361,18 @@ def draw_curves(folders, path):
 
 
 def draw_steps(folders, path):
-    """A panel per column: scores over the steps of distillation, a line per name in rows.tsv."""
+    """A panel per column: scores over the steps of distillation, a line per name in rows.tsv.
+
+    Rows that have no steps, such as filter banks, and unfinished evaluations are left out.
+    """
     by_steps = {}  # {steps: folders of evaluations}
     for folder in map(Path, folders):
-        config = run_folder(folder) / "config.json"
-        steps = checkpoint.read_json(config).get("settings", {}).get("steps")
-        if not steps:
-            raise ValueError(f"{config}: no steps in it; give evaluations beside a student.pt")
-        by_steps.setdefault(steps, []).append(folder)
+        config = checkpoint.read_json(run_folder(folder) / "config.json")
+        steps = config.get("settings", {}).get("steps")
+        if steps and (folder / "result.json").exists():
+            by_steps.setdefault(steps, []).append(folder)
+    if not by_steps:
+        raise ValueError(f"--steps: no folder has a result of a student, such as {folders[0]}")
     points, all_rows = {}, []  # {(row's name, column): [(steps, score, low, high), ...]}
     for steps in sorted(by_steps):
         rows = read_rows(by_steps[steps])

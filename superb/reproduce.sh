@@ -8,7 +8,7 @@
 set -uo pipefail
 root=$(cd -- "$(dirname "$0")/.." >/dev/null && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
-here=$root/ prefix="PYTHONPATH=$root "     # of printed commands
+here=$root/ prefix="PYTHONPATH=$(printf %q "$root") "     # of printed commands
 [ "$PWD" = "$root" ] && here="" prefix=""
 
 refuse() {

@@ -167,7 +167,7 @@ def test_folders_without_a_result_are_named_in_one_line_and_the_others_used(resu
         (["--curves", "c.svg"], "--curves FILE.svg RUN"),
         (["--curves", "c.svg", "nowhere"], "nowhere/metrics.jsonl"),
         (["--curves", "c.svg", "{tmp}"], "no complete line"),
-        (["--steps", "s.svg", "{0}"], "seed-0/config.json: no steps in it"),
+        (["--steps", "s.svg", "{0}"], "no folder has a result of a student, such as"),
         (["--names", "filter banks=average of three"], "two rows of one name"),
     ],
 )
@@ -237,9 +237,14 @@ def test_scores_over_steps_have_a_panel_per_task_and_a_line_per_student(tmp_path
             config = {"settings": {"steps": steps}}
             (out / f"{row}/seed-0/config.json").write_text(json.dumps(config))
         (out / "rows.tsv").write_text(NAMES)
-    on_cpu(report, ["--steps", tmp_path / "s.svg", *folders])
+    left_out = write_result(tmp_path / "of-500/without-steps/seed-0/pr", [(["a"], ["a"])])
+    (tmp_path / "of-4000/all/seed-0").mkdir(parents=True)
+    (tmp_path / "of-4000/all/seed-0/config.json").write_text('{"settings": {"steps": 4000}}')
+    unfinished = tmp_path / "of-4000/all/seed-0/pr"
+    on_cpu(report, ["--steps", tmp_path / "s.svg", *folders, left_out, unfinished])
     text = (tmp_path / "s.svg").read_text()
     words = [PR, SID, "500", "2,000", "average of three", "filter banks"]
+    assert "4,000" not in text and "without-steps" not in text
     assert text.count('<g id="LineCollection_') == 3  # error bars, one set per line
     assert all(text.count(f">{word}<") in (1, 2) for word in words)
 
