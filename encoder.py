@@ -132,7 +132,7 @@ class SpeechEncoder(nn.Module):
     def lengths_of_padded(self, waveforms, lengths):
         """The lengths on the waveforms' device, or None if nothing is padded.
 
-        Lengths on a GPU are not checked, which would force a sync.
+        Lengths on a GPU are not checked: a check would force a sync.
         """
         if waveforms.dim() != 2:
             raise ValueError(f"waveforms of shape {tuple(waveforms.shape)}, not (batch, samples)")
@@ -232,17 +232,17 @@ class PositionalEmbedding(nn.Module):
             if padding is not None:  # zeros, as after an utterance alone
                 x = x.masked_fill(padding, 0)
             # An even kernel gives one frame more.
-            x = convolve(conv, x.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]
+            x = position_conv(conv, x.transpose(1, 2)).transpose(1, 2)[:, : x.shape[1]]
             if self.layer_norm:
                 x = F.layer_norm(x, x.shape[-1:])
             x = F.gelu(x)
         return x
 
 
-def convolve(conv, x):
-    """conv(x); on a CPU in float32 if it has fewer than 16 channels per group.
+def position_conv(conv, x):
+    """conv(x); on a CPU, convolutions of under 16 channels per group run in float32.
 
-    For these, oneDNN's bf16 gives wrong values on CPUs with AMX (torch 2.11).
+    In bf16, oneDNN gives wrong values for 2 to 14 of them on CPUs with AMX, seen in torch 2.11.
     """
     if x.device.type != "cpu" or conv.in_channels // conv.groups >= 16:
         return conv(x)
@@ -308,7 +308,10 @@ class SelfAttention(nn.Module):
         return self.out(x.transpose(1, 2).reshape(batch, frames, dim))
 
     def gates(self, x):
-        """Gate on the position bias per head and frame, (batch, heads, frames, 1)."""
+        """Gate on the position bias per head and frame, (batch, heads, frames, 1).
+
+        Source: forward of MultiheadAttention in Microsoft's wavlm/modules.py.
+        """
         x = x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
         x = self.gate(x).view(*x.shape[:3], 2, 4).sum(-1)
         update, reset = x.sigmoid().chunk(2, dim=-1)
