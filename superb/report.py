@@ -148,11 +148,11 @@ def score_rows(rows, against=None):
         resampled, test_sets = {}, set()
         rows_of_column = [row for row in rows if column in row.results]
         for row in rows_of_column:
-            results = row.results[column].items()
-            resampled[row] = {seed: bootstrap(result["per_utterance"]) for seed, result in results}
+            results = row.results[column]
+            resampled[row] = {seed: bootstrap(x["per_utterance"]) for seed, x in results.items()}
             interval = mean_and_interval(list(resampled[row].values()))
             row.scores[column] = np.clip(interval, 0, 1 if "↑" in column else None)
-            test_sets |= {result["test_set"] for _, result in results}
+            test_sets |= {result["test_set"] for result in results.values()}
         if len(test_sets) > 1:
             problem = "tested on different utterances or noise; report them separately"
             raise ValueError(f"{column}: {problem}")
@@ -200,8 +200,7 @@ def table(rows, differences):
     for line in lines:
         entries = [entry.ljust(width) for entry, width in zip(line, widths)]
         text += f"| {' | '.join(entries)} |\n"
-    short = [column.split(" (")[0] for column in columns]
-    samples = [f"{name} {describe_sample(rows, column)}" for name, column in zip(short, columns)]
+    samples = [f"{column.split(' (')[0]} {describe_sample(rows, column)}" for column in columns]
     samples = "; ".join(samples)
     over = "utterances and seeds" if "seeds" in samples else "utterances"
     text += f"\nIn percent, with 95% intervals over {over}. Test sets: {samples}. "
@@ -217,7 +216,7 @@ def table(rows, differences):
 
 def new_figure(count, width, height, title, sharey=True):
     """(figure, panels) on a white background. Raises ValueError if matplotlib is missing."""
-    os.environ.pop("MPLBACKEND", None)  # pictures in files need none; a missing one is an error
+    os.environ.pop("MPLBACKEND", None)  # an SVG needs none; a missing one is an error
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -336,10 +335,11 @@ def draw_curves(folders, path):
         names.append(find_row(folder)[0].name + seed)
         for head in [key.removeprefix("l1/") for key in lines[0] if key.startswith("l1/")]:
             teacher, _, layer = head.rpartition(".")
-            beside, _ = find_row(home / f"teacher-{teacher}")
-            teacher = beside.name.removeprefix("teacher: ") if beside.group else teacher
+            listed, _ = find_row(home / f"teacher-{teacher}")
+            teacher = listed.name.removeprefix("teacher: ") if listed.line_number else teacher
             colour = colours.setdefault(layer, f"C{len(colours)}")
-            style = styles.setdefault(teacher, LINE_STYLES[len(styles) % 4]) if teacher else "-"
+            next_style = LINE_STYLES[len(styles) % len(LINE_STYLES)]
+            style = styles.setdefault(teacher, next_style) if teacher else "-"
             losses = [line[f"l1/{head}"] + line[f"cosine/{head}"] for line in lines]
             panel.plot([line["step"] for line in lines], losses, color=colour, linestyle=style)
         valid = [(line["step"], line["valid"]) for line in lines if "valid" in line]
@@ -389,8 +389,8 @@ def draw_steps(folders, path):
     for (name, column), line in points.items():
         panel = panels[columns.index(column)]
         steps, score, low, high = np.transpose(line)
-        interval = (score - low, high - score)
-        panel.errorbar(steps, score, interval, color=colours[name], marker="o", markersize=4)
+        errors = (score - low, high - score)
+        panel.errorbar(steps, score, errors, color=colours[name], marker="o", markersize=4)
     for panel, column in zip(panels, columns):
         panel.set_title(column)
         panel.set_xlabel("steps")
