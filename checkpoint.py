@@ -43,6 +43,9 @@ def save(path, content, keep_previous=False):
             os.replace(path, f"{path}.old")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
+        if keep_previous and not os.path.exists(path):  # torch raises at any line if a worker dies
+            with contextlib.suppress(OSError):
+                os.replace(f"{path}.old", path)
         reason = error.__context__ or error  # torch.save's RuntimeError hides the OSError
         raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
     finally:

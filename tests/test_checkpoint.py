@@ -30,6 +30,16 @@ def test_a_file_gets_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
     checkpoint.save(path, {"step": 2}, keep_previous=True)
     assert checkpoint.load(path) == {"step": 2} and checkpoint.load(f"{path}.old") == {"step": 1}
 
+    def killed(source, target):  # torch's handler of SIGCHLD raises between any two lines
+        monkeypatch.undo()
+        os.replace(source, target)
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(OSError, match="last.pt: not saved .*worker.*intact"):
+        checkpoint.save(path, {"step": 3}, keep_previous=True)
+    assert os.listdir(tmp_path) == ["last.pt"] and checkpoint.load(path) == {"step": 2}
+
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "text", "code"])
 def test_a_damaged_file_or_code_is_one_line_with_the_path(tmp_path, damage):
