@@ -137,7 +137,7 @@ class Cache:
                 if program.RANK == 0:
                     program.say(f"{self.folder}: stopped; the same command resumes")
                 raise SystemExit(128 + signal)
-            if number == len(missing):
+            if number >= len(missing):  # other ranks have more
                 continue
             i = missing[number]
             tensors = compute(i)

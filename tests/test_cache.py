@@ -11,6 +11,7 @@ from conftest import write_audio
 import cache
 import data
 import manifest
+import program
 
 
 class NoSignal:
@@ -61,6 +62,19 @@ def test_an_interrupted_fill_continues_and_a_full_cache_computes_nothing(
     filled.fill(compute, [8] * len(small), "numbers", NoSignal())
     assert computed == list(range(len(small)))
     assert [filled.load(i)[0] for i in range(len(small))] == computed
+
+
+@pytest.mark.parametrize("more", [1, 20])
+def test_a_rank_whose_files_are_all_computed_waits_for_the_others(
+    small, tmp_path, monkeypatch, more
+):
+    def gather(value):  # another rank has more to compute
+        return [value, value + more] if isinstance(value, int) else [value]
+
+    monkeypatch.setattr(program, "gather", gather)
+    filled = cache.Cache(str(tmp_path / "c"), small)
+    filled.fill(torch.tensor, [8] * len(small), "numbers", NoSignal())
+    assert not filled.find_missing()
 
 
 def test_paths_in_the_cache_stay_inside_and_have_names_that_fit(tmp_path):
