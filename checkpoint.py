@@ -68,7 +68,10 @@ def read_json(path):
 
 
 def load(path, mmap=False):
-    """torch.load of tensors and plain types, without running code; ValueError if damaged."""
+    """torch.load of tensors and plain types, without running code; ValueError if damaged.
+
+    Raises OSError if the file cannot be read, or memory is too small for it.
+    """
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as file:
@@ -80,8 +83,10 @@ def load(path, mmap=False):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file can raise nearly anything
         invalid_seek = isinstance(error, OSError) and error.errno == errno.EINVAL
-        if isinstance(error, (OSError, MemoryError)) and not invalid_seek:
+        if isinstance(error, OSError) and not invalid_seek:
             raise  # not the file's fault
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from error
 

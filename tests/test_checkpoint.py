@@ -58,6 +58,15 @@ def test_a_damaged_file_or_code_is_one_line_with_the_path(tmp_path, damage):
         checkpoint.load(path)
 
 
+def test_too_little_memory_for_a_checkpoint_is_not_damage(tmp_path, monkeypatch):
+    for step in (4, 6):
+        checkpoint.save(tmp_path / "last.pt", {"step": step}, keep_previous=True)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
+    with pytest.raises(OSError, match="allocate memory: '[^\n]*last.pt'$"):
+        checkpoint.load_latest(tmp_path, ["step"])
+    assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.old"]
+
+
 def test_the_newest_undamaged_checkpoint_is_found(tmp_path):
     assert checkpoint.load_latest(tmp_path, ["step"]) is None
     checkpoint.save(tmp_path / "last.pt.old", {"step": 4})
