@@ -150,10 +150,16 @@ def list_audio(folder, splits):
 def files_under(root, folder):
     """Paths relative to `root` of all files under its sub-folder; links are followed.
 
-    Names that begin with a dot are ignored, such as macOS's ._x.flac.
+    Names that begin with a dot are ignored, such as macOS's ._x.flac. Raises OSError for a folder
+    that cannot be listed.
     """
+
+    def refuse(error):
+        raise error
+
     visited = set()
-    for place, folders, names in os.walk(os.path.join(root, folder), followlinks=True):
+    top = os.path.join(root, folder)
+    for place, folders, names in os.walk(top, onerror=refuse, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith(".")]
         if os.path.realpath(place) in visited:
             folders.clear()

@@ -1,5 +1,6 @@
 """manifest.py: the Corpus, finding audio files, reading and writing manifests."""
 
+import errno
 import itertools
 import os
 import pathlib
@@ -84,6 +85,21 @@ def test_a_link_to_a_folder_is_followed_once(tmp_path):
     (tmp_path / "here" / "link").symlink_to(tmp_path / "there")
     (tmp_path / "here" / "loop").symlink_to(tmp_path / "here")
     assert list(find_corpus(tmp_path, ["here"]).paths()) == ["here/000.flac", "here/link/000.flac"]
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        write_audio(tmp_path / name, [5000])
+    scandir = os.scandir
+
+    def failing(path):
+        if str(path).endswith("b"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    with pytest.raises(OSError, match="Input/output error: '.*/b'"):
+        find_corpus(tmp_path, ["."])
 
 
 @pytest.mark.parametrize("length", [0, 2**36 - 1])
