@@ -60,8 +60,8 @@ def read_table(path, columns):
     if missing:
         header = ",".join(columns)
         raise ValueError(f"{path}, line 1: the header lacks {missing[0]}; write {header}")
-    for (number, _), row in zip(lines[1:], table):
-        place = f"{path}, line {number}"
+    for row in table:
+        place = f"{path}, line {lines[table.line_num - 1][0]}"  # the last line of a quoted value
         values = [(row.get(column) or "").strip() for column in columns]
         if not all(values):
             raise ValueError(f"{place}: a value of {','.join(columns)} is missing")

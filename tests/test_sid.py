@@ -97,6 +97,11 @@ def test_blanks_and_a_byte_order_mark_in_a_table_are_ignored(tmp_path):
         ("list.csv", "path,label,split\n000.flac,x,training\n", ["line 2", "'training'"]),
         ("list.csv", "path,label,split\n000.flac,,train\n", ["line 2", "missing"]),
         ("list.csv", "path,label,split\n000.flac,x\n", ["line 2", "missing"]),
+        (
+            "list.csv",
+            'path,label,split,text\n000.flac,x,train,"of\n\ntwo lines"\n001.flac,,dev,of one\n',
+            ["line 5", "missing"],
+        ),
         ("list.csv", "path,label,split\n", ["no lines"]),
         ("list.csv", "path,label,split\n009.flac,x,train\n", ["line 2", "009.flac"]),
         ("list.csv", "path,label,split\n000.flac,x,train\n000.flac,x,dev\n", ["line 3", "second"]),
