@@ -35,7 +35,7 @@ class Run:
             checkpoint.lock(self.folder)
         self.saved = checkpoint.load_latest(self.folder, CONTENT)
         self.start = self.saved["step"] if self.saved else 0
-        self.files_found = self.new_corpus = None  # at the start of the run
+        self.files_found = None  # at the start of the run
         if self.saved:
             checkpoint.check_same(self.folder, self.saved["settings"], settings)
             self.files_found = self.saved.get("files_found")
@@ -45,7 +45,6 @@ class Run:
             self.files_found = corpus.file_count() + len(corpus.skipped)
             manifest.warn_skipped(corpus.skipped)
             manifest.write_manifest(self.manifest, corpus)
-            self.new_corpus = corpus
 
     def warn_of_new_files(self):
         """A warning if the folder of a resumed run has more audio files than the run."""
@@ -60,8 +59,6 @@ class Run:
 
     def corpus(self):
         """The Corpus of the manifest: what the run began with, wherever the audio is now."""
-        if self.new_corpus:
-            return self.new_corpus
         root = self.args.data
         if root.endswith(".tsv"):
             root = manifest.read_root(root)
@@ -103,7 +100,7 @@ class Run:
         is_last = step == args.steps or signal > 0
         log_now = is_last or step % args.log_every == 0 or step == self.start + 1
         if log_now or held_out_terms is not None:
-            self.report_skipped()
+            self.report_skipped(step)
             means = program.mean(torch.stack(self.terms).mean(0))
             if RANK == 0:
                 lr, audio = self.optimizer.param_groups[0]["lr"], self.samples / SAMPLE_RATE
@@ -119,8 +116,8 @@ class Run:
             program.gather(None)  # until rank 0 has saved: torchrun ends all as soon as one exits
             raise SystemExit(128 + signal)
 
-    def report_skipped(self):
-        """Warns of the files skipped on any rank. Raises ValueError for over 1% of a kind."""
+    def report_skipped(self, step):
+        """Warns of the files skipped on any rank; saves and exits for over 1% of a kind."""
         for kind, total in self.totals.items():
             skipped = {}
             for skipped_by_rank in program.gather(self.skipped[kind]):
@@ -128,7 +125,13 @@ class Run:
             new = {path: why for path, why in skipped.items() if path not in self.reported[kind]}
             manifest.warn_skipped(new)
             self.skipped[kind], self.reported[kind] = skipped, set(skipped)
-            manifest.check_skipped(skipped, total, kind)
+            with program.one_line_errors():
+                try:
+                    manifest.check_skipped(skipped, total, kind)
+                except ValueError as error:
+                    if RANK == 0:
+                        self.save(step)
+                    raise ValueError(f"{error}; step {step} is saved") from None
 
     def end(self):
         """Prints the student's path, after the loop; saves it if the run had no steps."""

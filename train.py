@@ -75,11 +75,14 @@ def main(arguments=None):
         identity = target_identity(args, ensemble)
         noise = find_noise(args)
         run = Run(args, fixed_settings(args, ensemble, noise) | identity)
-    starts = program.gather(run.start)  # waits until rank 0 has written the manifest
+    starts, kinds = zip(*program.gather((run.start, f"{args.precision} on {device.type}")))
 
     with program.one_line_errors():
         if len(set(starts)) > 1:
             raise ValueError(f"{args.out}: different checkpoints per process; use a shared folder")
+        if len(set(kinds)) > 1:
+            both = " and ".join(sorted(set(kinds)))
+            raise ValueError(f"processes in {both}; use one kind of device and --precision")
         student = make_student(args, ensemble)
         corpus = run.corpus()
         batches = data.TrainBatches(corpus, args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
