@@ -104,8 +104,8 @@ def join():
         try:
             if not has_store:
                 wait_until(lambda: is_reachable(host, port), f"{host}:{port}")
-            more = {"is_master": has_store, "timeout": limit, "wait_for_workers": False}
-            store = dist.TCPStore("localhost" if has_store else host, int(port), **more)
+            options = {"is_master": has_store, "timeout": limit, "wait_for_workers": False}
+            store = dist.TCPStore("localhost" if has_store else host, int(port), **options)
             nonce = os.urandom(8).hex()
             wait_until(lambda: agree(store, nonce), f"{host}:{port}")
             store = dist.PrefixStore(agree(store, nonce), store)
@@ -118,7 +118,7 @@ def join():
 
 
 def agree(store, nonce):
-    """The nonce of rank 0 as a name for this start, once all ranks have read it; until then None.
+    """The nonce of rank 0, a prefix of this start's keys, once all ranks have read it; else None.
 
     Rank 0 publishes the nonces that it has read; a rank accepts a list with its own nonce. So the
     keys of ranks that died before --max-restarts have no effect (pytorch issue 135712).

@@ -184,8 +184,8 @@ def validate(step, args, forward, student, held_out):
 
 # ------------------------------------------------------------------ settings
 
-# Settings that may differ when a run resumes: they change no weight beyond rounding, except
-# --accumulate, --compile and the number of processes, which change the dropout masks.
+# Settings that may differ when a run resumes: they change no weight beyond rounding.
+# --accumulate, --compile and the number of processes change the dropout masks too.
 MAY_CHANGE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
 MAY_CHANGE |= {"valid", "valid_every"}
 # Paths. Teachers, noise and manifests are compared by content, files by their length when read.
@@ -349,7 +349,8 @@ def find_held_out(args, corpus):
 
 def check_fits(args, corpus, ensemble):
     """Raises ValueError if targets cannot be cached, or workers' batches do not fit in memory."""
-    frames = [ensemble.teachers[0].frames(n) for n in (399, 400, 719, 720)]
+    around_the_first_frames = (399, 400, 719, 720)  # samples
+    frames = [ensemble.teachers[0].frames(samples) for samples in around_the_first_frames]
     if args.cache and frames != [0, 1, 1, 2]:
         raise ValueError("--cache needs teachers with a frame of 400 samples every 320 samples")
     share = args.batch_size // WORLD_SIZE  # utterances per process
@@ -373,7 +374,7 @@ def fill_cache(folder, ensemble, corpus, device, stop):
         return cache.quantize(targets)
 
     width, frames = sum(dim for _, dim in ensemble.heads), ensemble.teachers[0].frames
-    # Per dim, a byte per frame, and 4 bytes each for scale and zero point.
+    # Bytes per dim: 1 per frame, 4 for the scale, 4 for the zero point.
     sizes = [width * (frames(samples) + 8) for samples in corpus.samples.tolist()]
     cached = cache.Cache(folder, corpus)
     cached.fill(compute, sizes, "targets", stop)

@@ -86,7 +86,7 @@ def evaluate(args):
     for fold, splits in folds.items():
         print(f"\nfold {fold}")
         out = os.path.join(args.out, f"fold-{fold}")
-        fold_args = argparse.Namespace(**{**vars(args), "out": out})
+        fold_args = argparse.Namespace(**vars(args) | {"out": out})
         results.append(probe.evaluate(fold_args, task, upstream, *splits))
 
     accuracies = [result["accuracy"] for result in results]

@@ -142,12 +142,12 @@ class Sweep:
             self.step, self.best = saved["step"], saved["best"]
             self.curves = saved["curves"]
             self.started -= saved["seconds"]
-            states = saved["probes"] + saved["optimizers"]
-            for trained, state in zip(self.probes + self.optimizers, states):
-                trained.load_state_dict(state)
+            saved_dicts = saved["probes"] + saved["optimizers"]
+            for trained, state_dict in zip(self.probes + self.optimizers, saved_dicts):
+                trained.load_state_dict(state_dict)
 
     def seconds(self):
-        """Of this run so far, with the time before it was stopped."""
+        """Seconds of this run, also before it was stopped."""
         return time.monotonic() - self.started
 
     def update(self, states, frames, labels, ids):
@@ -175,7 +175,7 @@ class Sweep:
         self.step += 1
         return losses
 
-    def compare(self, dev, stop):
+    def score_dev(self, dev, stop):
         """Scores every probe on dev, prints the scores, and copies the weights of a new best."""
         references, per_probe = predict(self.args, self.task, self.upstream, self.probes, dev, stop)
         metric, sign = self.task.metric, 1 if self.task.higher_is_better else -1
@@ -277,7 +277,7 @@ def train_probes(sweep, batches, train, dev, stop):
             progress.show(step)
         score_now = is_last or step % args.eval_every == 0
         if score_now:
-            sweep.compare(dev, stop)
+            sweep.score_dev(dev, stop)
         if score_now or stopping:
             sweep.save()
         if stopping:

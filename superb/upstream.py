@@ -15,14 +15,14 @@ from cache import Cache, audio_hash, key
 from student import load_student
 from teachers import digest, load_teacher
 
-MAX_SECONDS = 160  # of an utterance, which the upstream gets in one piece
+MAX_SECONDS = 160  # of the longest utterance; the upstream gets it in one piece
 
 
 class Split(torch.utils.data.Dataset):
     """Labelled utterances of a Corpus, and their hidden states, once computed.
 
-    ids, labels: per utterance; skipped: {id: reason} of the utterances that are not used.
-    memory: that of the Upstream; cache: a Cache, or None. compute_states sets both.
+    ids, labels: per utterance; skipped: {path: reason} of the utterances that are not used.
+    memory: Upstream.memory; cache: a Cache, or None. compute_states sets both.
     Raises ValueError if over 10% of the utterances are skipped, or one is too long.
     """
 
@@ -33,9 +33,9 @@ class Split(torch.utils.data.Dataset):
         self.counts = {"utterances": len(ids), "skipped": len(skipped)}
         total = len(ids) + len(skipped)
         if len(skipped) > 0.1 * total:
-            id, reason = next(iter(skipped.items()))
-            count = f"{len(skipped)} of {total} utterances cannot be used, over 10%"
-            raise ValueError(f"{name}: {count}: {id}: {reason}")
+            path, reason = next(iter(skipped.items()))
+            problem = f"{len(skipped)} of {total} utterances cannot be used, over 10%"
+            raise ValueError(f"{name}: {problem}: {path}: {reason}")
         longest = int(corpus.samples.argmax())
         seconds = corpus.samples[longest] / data.SAMPLE_RATE
         if seconds > MAX_SECONDS:
@@ -141,12 +141,12 @@ def load_encoder(path, device):
     """The encoder of a student or of a teacher, in eval mode."""
     if os.path.isfile(path) or path.endswith("student.pt"):
         with contextlib.suppress(ValueError):  # not a student
-            return load_student(path, device).encoder.requires_grad_(False)
+            return load_student(path, device).encoder
     return load_teacher(path, device)
 
 
 def compute_states(args, upstream, splits, stop):
-    """Computes states into --cache, or into memory if half of what is free is enough.
+    """Computes states into --cache, or into memory if half of the free memory is enough.
 
     args: cache, batch_size and workers are used.
     """
