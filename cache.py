@@ -66,6 +66,8 @@ class Cache:
             content.seek(0)
             return torch.load(content, map_location="cpu", weights_only=True)[part]
         except Exception as error:  # a damaged file can raise nearly anything
+            if not checkpoint.is_damage(error):
+                raise
             with contextlib.suppress(OSError):
                 os.remove(path)
             raise ValueError(f"{path}: damaged, and deleted ({str(error)[:80]})") from error

@@ -43,12 +43,12 @@ def save(path, content, keep_previous=False):
             os.replace(path, f"{path}.old")
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError if the disk is full
-        if keep_previous and not os.path.exists(path):  # torch raises at any line if a worker dies
-            with contextlib.suppress(OSError):
-                os.replace(f"{path}.old", path)
         reason = error.__context__ or error  # torch.save's RuntimeError hides the OSError
         raise OSError(f"{path}: not saved ({reason}); the file before it is intact") from error
     finally:
+        with contextlib.suppress(OSError):
+            if keep_previous and not os.path.exists(path):  # interrupted between the two renames
+                os.replace(f"{path}.old", path)
         with contextlib.suppress(OSError):
             os.remove(partial)
     if keep_previous:
@@ -70,7 +70,7 @@ def read_json(path):
 def load(path, mmap=False):
     """torch.load of tensors and plain types, without running code; ValueError if damaged.
 
-    Raises OSError if the file cannot be read, or memory is too small for it.
+    Raises OSError if the file cannot be read, and RuntimeError if memory is too small for it.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -82,13 +82,19 @@ def load(path, mmap=False):
             warnings.simplefilter("ignore")  # about the formats of old files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file can raise nearly anything
-        invalid_seek = isinstance(error, OSError) and error.errno == errno.EINVAL
-        if isinstance(error, OSError) and not invalid_seek:
-            raise  # not the file's fault
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from None
+        if not is_damage(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0][:80]
         raise ValueError(f"{path}: damaged, or not a checkpoint ({reason})") from error
+
+
+def is_damage(error):
+    """Whether an exception while a file is read is the fault of the file."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # a seek to a damaged offset
+    # torch raises the second one, at any line, when a worker dies.
+    others = ("can't allocate memory", "DataLoader worker")
+    return not isinstance(error, MemoryError) and not any(text in str(error) for text in others)
 
 
 # ------------------------------------------------------------------ the folder of a run

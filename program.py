@@ -43,7 +43,10 @@ def run(program):
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     code = 0
     try:
-        program()
+        try:
+            program()
+        finally:  # not later: when the frames of an exception are freed, they wait for each worker
+            kill_workers()
     except SystemExit as end:
         code = end.code or 0
         if isinstance(code, str):
@@ -55,8 +58,6 @@ def run(program):
         code = 1
         with contextlib.suppress(OSError):  # a pipe whose reader has ended, or a full disk
             traceback.print_exc()
-    for worker in multiprocessing.active_children():
-        worker.kill()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -68,6 +69,13 @@ def run(program):
             signal.signal(number, handler or signal.SIG_DFL)
         sys.exit(code)
     os._exit(code)  # workers may wait for a disk or for this process
+
+
+def kill_workers():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 # ------------------------------------------------------------------ ranks and devices
@@ -142,11 +150,11 @@ def wait_until(condition, address):
     text = f"rank {RANK} waits for {WORLD_SIZE} processes at {address}"
     while not condition():
         waited = time.monotonic() - start
-        if waited > JOIN_LIMIT:
-            raise ValueError(f"{text} for over {JOIN_LIMIT} s; {ALONE}")
         if waited > 30 and not is_printed:
             is_printed = True
             print(f"{text}; {ALONE}", file=sys.stderr, flush=True)
+        if waited > JOIN_LIMIT:
+            raise ValueError(f"{text} for over {JOIN_LIMIT} s; {ALONE}")
         time.sleep(0.1)
 
 

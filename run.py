@@ -204,7 +204,7 @@ class Log:
 def write_config(args, heads):
     """Writes OUT/config.json: settings, heads, version, and the commit of a git checkout."""
     here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40"]
+    git = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed

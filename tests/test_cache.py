@@ -100,6 +100,13 @@ def test_a_damaged_file_of_the_cache_is_deleted_but_not_one_that_the_disk_fails_
     with pytest.raises(OSError):
         filled.load(0)
     assert os.path.islink(filled.path(0))
+
+    def killed(*_, **__):  # torch's signal handler, in the main process, between any two lines
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(torch, "load", killed)
+        filled.load(3)
     for i, damage in [(1, "empty"), (2, "one bit")]:
         with open(filled.path(i), "rb+") as file:
             content = bytearray(file.read())

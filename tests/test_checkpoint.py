@@ -30,14 +30,24 @@ def test_a_file_gets_its_name_only_once_it_is_complete(tmp_path, monkeypatch):
     checkpoint.save(path, {"step": 2}, keep_previous=True)
     assert checkpoint.load(path) == {"step": 2} and checkpoint.load(f"{path}.old") == {"step": 1}
 
-    def killed(source, target):  # torch's handler of SIGCHLD raises between any two lines
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("DataLoader worker is killed"), KeyboardInterrupt()]
+)
+def test_an_exception_between_two_renames_leaves_the_last_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pt"
+    for step in (1, 2):
+        checkpoint.save(path, {"step": step}, keep_previous=True)
+
+    def interrupted(source, target):  # signal handlers run between any two lines
         monkeypatch.undo()
         os.replace(source, target)
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+        raise error
 
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(OSError, match="last.pt: not saved .*worker.*intact"):
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises((OSError, KeyboardInterrupt)) as end:
         checkpoint.save(path, {"step": 3}, keep_previous=True)
+    assert end.value is error or "not saved (DataLoader worker is killed); the" in str(end.value)
     assert os.listdir(tmp_path) == ["last.pt"] and checkpoint.load(path) == {"step": 2}
 
 
@@ -62,7 +72,7 @@ def test_too_little_memory_for_a_checkpoint_is_not_damage(tmp_path, monkeypatch)
     for step in (4, 6):
         checkpoint.save(tmp_path / "last.pt", {"step": step}, keep_previous=True)
     monkeypatch.setattr(torch, "load", lambda *_, **__: torch.empty(1 << 60, dtype=torch.uint8))
-    with pytest.raises(OSError, match="allocate memory: '[^\n]*last.pt'$"):
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
         checkpoint.load_latest(tmp_path, ["step"])
     assert sorted(os.listdir(tmp_path)) == ["last.pt", "last.pt.old"]
 

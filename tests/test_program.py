@@ -57,9 +57,9 @@ def test_after_30_seconds_a_line_says_what_is_waited_for():
 SLOW_RANK = """
 import time
 def main():
-    program.JOIN_LIMIT = 5
+    program.JOIN_LIMIT = 30
     program.join()
-    time.sleep(8 * program.RANK)
+    time.sleep(33 * program.RANK)
     print(program.gather(program.RANK))
 program.run(main)
 """
@@ -175,7 +175,8 @@ def main():
 try:
     program.run(main)
 except SystemExit as end:
-    print("goes on", end.code, signal.getsignal(signal.SIGTERM), program.StopSignal.number)
+    handler = int(signal.getsignal(signal.SIGTERM))
+    print("goes on", end.code, handler, program.StopSignal.number)
 """
 
 

@@ -93,7 +93,7 @@ def test_a_signal_to_the_script_ends_the_running_part_after_it_is_saved(
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -115,7 +115,7 @@ def test_rows_run_at_once_in_the_order_given_and_a_signal_stops_all(corpus, tmp_
         ):
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        printed, errors = process.communicate(timeout=60)
+        printed, errors = process.communicate(timeout=300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -88,7 +88,7 @@ def test_two_agents_give_the_student_of_one(job, reference):
     command += ["--local_addr=127.0.0.1", str(ROOT / "train.py"), *flags(job, "agents")]
     agents = [subprocess.Popen(command, cwd=job, env=environment()) for _ in range(2)]
     try:
-        assert [agent.wait(timeout=120) for agent in agents] == [0, 0]
+        assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
     finally:
         for agent in agents:
             agent.kill()
