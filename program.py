@@ -7,6 +7,7 @@ import datetime
 import math
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
@@ -305,6 +306,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         formatter = argparse.ArgumentDefaultsHelpFormatter
         super().__init__(description=description, formatter_class=formatter)
+        self._negative_number_matcher = re.compile(r"-[\d.]")  # -5,5 is a value, not a flag
 
     def error(self, message):
         raise ValueError(message)

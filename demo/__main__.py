@@ -8,6 +8,7 @@ table of scores after each row. Writes to data/demo and runs/demo alone. The sam
 """
 
 import os
+import sys
 
 import program
 from demo import speech
@@ -34,8 +35,9 @@ SETTINGS = {  # variables of superb/reproduce.sh
     "SID": PROBE,
     "ER": PROBE,
     "OUT": OUT,
-    # Two threads are hardly faster than one: the networks are tiny.
+    # Two threads are hardly faster than one, nor two GPUs: the networks are tiny.
     "JOBS": str(min(4, program.cores())),
+    "PROCESSES": "1",
 }
 # The average's student first: it may be enough.
 DEFAULT_ROWS = ["avg", "hubert", "wavlm", "fbank", "untrained"]
@@ -44,6 +46,9 @@ DEFAULT_ROWS = ["avg", "hubert", "wavlm", "fbank", "untrained"]
 def reproduce(rows, tasks, seeds):
     """Becomes superb/reproduce.sh, for these rows (none: all), tasks and seeds."""
     chosen = {"ROWS": " ".join(rows), "TASKS": " ".join(tasks), "SEEDS": " ".join(seeds)}
+    # The python of this program, in a virtual environment that is not activated too.
+    path = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+    chosen["PATH"] = path
     script = os.path.join(HERE, "..", "superb", "reproduce.sh")
     os.execvpe("bash", ["bash", script], SETTINGS | os.environ | chosen)
 
@@ -54,7 +59,7 @@ def main(arguments=None):
     add = parser.add_argument
     add("--all", action="store_true", help="all rows and tasks, seeds 0 to 4")
     add("--rows", type=program.names, help="folders of rows, such as avg,none,teacher-hubert")
-    add("--tasks", type=program.names, default="pr,sid", help="of pr, pr-noise, sid, er, asr")
+    add("--tasks", type=program.names, default="pr,sid", help="of pr, pr-noise, sid, er")
     add("--seeds", type=program.names, default="0", help="of students and probes")
     with program.one_line_errors():
         args = parser.parse_args(arguments)

@@ -6,7 +6,7 @@
 #     bash superb/reproduce.sh                              # LibriSpeech, VoxCeleb1, IEMOCAP
 #     SEEDS="0 1 2" CACHE=cache bash superb/reproduce.sh    # any of the variables below
 set -uo pipefail
-root=$(cd -- "$(dirname "$0")/.." >/dev/null && pwd)
+root=$(CDPATH= cd -- "$(dirname "$0")/.." >/dev/null && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 here=$root/ prefix="PYTHONPATH=$(printf %q "$root") "     # of printed commands
 [ "$PWD" = "$root" ] && here="" prefix=""
@@ -25,6 +25,7 @@ VOXCELEB=${VOXCELEB-data/VoxCeleb1}       # a folder, or a .csv for --manifest o
 IEMOCAP=${IEMOCAP-data/IEMOCAP}           # a folder, or a .csv for --manifest of superb.er
 TEACHERS=${TEACHERS-hubert,robust_hubert,wavlm_plus}
 NAMES=${NAMES-HuBERT,RobustHuBERT,WavLM}  # of the teachers, in table and pictures
+TEACHERS=${TEACHERS//, /,} NAMES=${NAMES//, /,}
 HEADS=${HEADS-4,8,12}                     # layers of every teacher; avg-one-head: the last alone
 STEPS=${STEPS-200000}                     # of distillation
 SEEDS=${SEEDS-0}
@@ -85,7 +86,7 @@ ignore_signals() {  # in what writes a program's output: a program still prints 
 }
 
 part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NAME.log too
-    local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code
+    local name=$1 log=$OUT/logs/${1//\//.}.log start=$SECONDS code reason
     # In the background, so that bash handles signals meanwhile. tee writes the log even if the
     # terminal is closed.
     (show "${@:2}"; exec "${@:2}") 2>&1 | (ignore_signals; exec tee -a "$log") &
@@ -97,12 +98,14 @@ part() {  # part NAME COMMAND...: runs COMMAND; what it prints is in OUT/logs/NA
     fi
     [[ $code =~ $signals ]] && exit $code
     echo "$name" >>"$failed"
-    echo "$name failed: $(tail -n 1 "$log") ($log)" >&2
+    # torchrun prints a table after the error.
+    reason=$(tail -n 60 "$log" | grep -E '^[A-Za-z_.]+(\.py|Error|Exception): .' | tail -n 1)
+    echo "$name failed: ${reason:-$(tail -n 1 "$log")} ($log)" >&2
     return 1
 }
 
 evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
-    local task=${1%-noise} folder=$OUT/$2 clean=$OUT/${2%-noise}
+    local task=${1%-noise} folder=$OUT/$2 clean=$OUT/${2%-noise} saved new
     local program=(-m "superb.$task") data=(--data "$DATA") flags
     case $task in
         pr) program=("${here}evaluate_pr.py") data+=(--lexicon "$LEXICON") flags=$PR ;;
@@ -114,10 +117,12 @@ evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
     if [ "$task" != "$1" ]; then
         data+=(--noise "$NOISE" --snr "$SNR")
         # The probes are the same: noise is only in the test split.
-        if [[ -e $clean/last.pt && ! -e $folder/last.pt ]]; then
-            mkdir -p "$folder" && cp "$clean/last.pt" "$folder/new.partial"
-            mv "$folder/new.partial" "$folder/last.pt"
-        fi
+        for saved in "$clean"/{,fold-*/}last.pt; do
+            new=$folder/${saved#"$clean"/}
+            [[ -e $saved && ! -e $new ]] || continue
+            mkdir -p "${new%/*}" && cp "$saved" "${new%/*}/new.partial"
+            mv "${new%/*}/new.partial" "$new"
+        done
     fi
     part "$2" python "${program[@]}" "${data[@]}" --lr "$RATES" $flags "${@:3}" --out "$folder"
 }
@@ -125,7 +130,8 @@ evaluate() {  # evaluate TASK NAME FLAGS...: NAME as in part
 table() {  # table FLAGS...: prints the table of all results
     local results=("$OUT"/*/seed-*/*/result.json) of_avg=("$OUT"/avg/seed-*/*/result.json) against=()
     [ -e "${results[0]}" ] || return 0
-    [ -e "${of_avg[0]}" ] && against=(--against "average of $count")
+    # By its name in rows.tsv, which a user may change.
+    [ -e "${of_avg[0]}" ] && against=(--against "$(sed -n 's/^avg\t.*\t//p' "$OUT/rows.tsv")")
     echo
     python -m superb.report "${results[@]%/*}" "${against[@]}" --to "$OUT/results.md" "$@"
 }

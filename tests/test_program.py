@@ -180,6 +180,14 @@ except SystemExit as end:
 """
 
 
+def test_a_value_may_begin_with_a_minus():
+    parser = program.Parser("of a test")
+    parser.add_argument("--snr", type=program.numbers)
+    assert parser.parse_args(["--snr", "-5,5"]).snr == [-5, 5]
+    with pytest.raises(ValueError, match="expected one argument"):
+        parser.parse_args(["--snr", "--snr"])
+
+
 def test_an_interactive_session_goes_on_with_its_signal_handlers():
     done = run_code(INTERACTIVE)
     assert done.stdout == "goes on 1 0 0\n" and "ValueError: shown" in done.stderr

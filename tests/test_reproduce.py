@@ -23,7 +23,7 @@ def start(folder, *flags, script=ROOT / "superb/reproduce.sh", **settings):
     return subprocess.Popen(
         ["bash", str(script), *flags],
         cwd=folder,
-        env=environment(PATH=path, PROCESSES="1", **settings),
+        env=environment(**{"PATH": path, "PROCESSES": "1"} | settings),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -65,6 +65,23 @@ def test_a_part_that_fails_is_named_with_its_log_and_does_not_stop_the_others(tm
         assert "nowhere" in line and log in line and (tmp_path / log).exists()
     assert done.returncode == 1 and "untrained/seed-0/sid" not in done.stderr  # has no student
     assert cached.exists()  # for the next try
+    settings |= {"ROWS": "untrained", "PROCESSES": "2", "TRAIN": "--batch-size 3"}
+    done = reproduce(tmp_path, **settings)  # torchrun prints more after the reason
+    reason = "train.py: --batch-size 3 is not a multiple of 2 processes"
+    assert f"untrained/seed-0 failed: {reason}" in done.stderr
+
+
+def test_a_task_in_noise_takes_the_probes_of_the_task(tmp_path):
+    settings = {"ROWS": "fbank", "OUT": "out", "IEMOCAP": "nowhere", "NOISE": str(tmp_path)}
+    settings |= {"TEACHERS": "hubert.pt, robust.pt", "NAMES": "A, B", "TASKS": "er-noise"}
+    for fold in ("fold-1", "fold-2"):
+        (tmp_path / "out/fbank/seed-0/er" / fold).mkdir(parents=True)
+        (tmp_path / "out/fbank/seed-0/er" / fold / "last.pt").write_text(fold)
+    reproduce(tmp_path, **settings)
+    copies = sorted((tmp_path / "out/fbank/seed-0/er-noise").rglob("*"))
+    assert [path.read_text() for path in copies if path.is_file()] == ["fold-1", "fold-2"]
+    rows = (tmp_path / "out/rows.tsv").read_text().splitlines()
+    assert rows[3] == "teacher-robust\tteachers\tteacher: B"
 
 
 @pytest.mark.parametrize(
