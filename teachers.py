@@ -47,6 +47,8 @@ def load_teacher(name_or_path, device="cpu"):
     On a GPU, torch's convolutions are in TF32 unless torch.backends.cudnn.allow_tf32 is False.
     """
     path = os.fspath(name_or_path)
+    if path in TEACHERS and os.path.exists(path):
+        raise ValueError(f"{path}: a known name and a file here; write ./{path}, or rename it")
     if path in TEACHERS:
         path = download(TEACHERS[path])
     weights, settings = read_checkpoint(path)
@@ -284,7 +286,9 @@ def load_weights(encoder, path, form, weights):
                 raise ValueError(f"{path}: {official} {problem}")
         state[name] = torch.cat([weights.pop(part).float() for part in parts])
     encoder.load_state_dict(state, assign=True)
-    of_encoder = re.compile(r"(encoder|feature_\w+|layers|positional_embedding)\.")
+    # layer_norm_for_extract is of a loss of UniSpeech-SAT.
+    names = r"encoder\.(?!layer_norm_for_extract)|(feature_\w+|layers|positional_embedding)\."
+    of_encoder = re.compile(names)
     unknown = [name for name in weights if of_encoder.match(name)]
     if unknown:
         raise ValueError(f"{path}: unsupported architecture, it has {', '.join(unknown[:3])}")
@@ -324,11 +328,17 @@ def read_checkpoint(path):
     if os.path.isdir(path):  # transformers
         names = ["model.safetensors", "pytorch_model.bin"]
         names += ["adapter_model.safetensors", "adapter_model.bin"]  # refused: not merged
+        names += ["model.safetensors.index.json", "pytorch_model.bin.index.json"]
         files = [os.path.join(path, name) for name in names]
         path = next(filter(os.path.exists, files), files[0])
     if not os.path.exists(path):
         raise FileNotFoundError(f"{path}: no such file; known names: {', '.join(TEACHERS)}")
-    content = read_file(path)
+    if path.endswith(".index.json"):  # of a large model, in several files
+        content, names = {}, checkpoint.read_json(path).get("weight_map", {}).values()
+        for name in sorted(set(names)):
+            content |= read_file(os.path.join(os.path.dirname(path), name))
+    else:
+        content = read_file(path)
     content = content if isinstance(content, dict) else {}
     if str(content.get("format")).startswith("ekd-student"):
         raise ValueError(f"{path}: a student; give the folder that export.py writes of it")
@@ -399,8 +409,10 @@ def read_safetensors(path):
     weights, unread = {}, []
     try:
         with open(path, "rb") as file:
-            size, content = int.from_bytes(file.read(8), "little"), bytearray(file.read())
-        header, body = json.loads(content[:size]), content[size:]
+            size, file_size = int.from_bytes(file.read(8), "little"), os.path.getsize(path)
+            header = json.loads(file.read(min(size, file_size)))
+            content = bytearray(file_size - file.tell())
+            body = memoryview(content)[: file.readinto(content)]  # its slices are no copies
         for name, entry in header.items():
             if entry.get("dtype") in DTYPES:
                 data = body[slice(*entry["data_offsets"])]

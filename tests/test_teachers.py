@@ -12,6 +12,7 @@ import shutil
 import sys
 import threading
 import time
+import tracemalloc
 import types
 
 import numpy as np
@@ -212,6 +213,7 @@ def fine_tuned(content):
 
 def pretraining(content):
     names = ["mask_emb", "label_embs_concat", "final_proj.bias", "quantizer.vars", "project_q.bias"]
+    names.append("encoder.layer_norm_for_extract.weight")  # UniSpeech-SAT
     content["model"] |= {name: torch.zeros(3) for name in names}
     content["cfg"]["model"]["conv_pos"] = 95  # in data2vec, all kernels together
     return content
@@ -439,6 +441,45 @@ def test_two_encoders_and_an_unmerged_adapter_are_refused(change, words, file, t
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
     with pytest.raises(ValueError, match=f"{tmp_path}: .*{words}"):
         load_teacher(tmp_path)
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_a_model_of_transformers_in_several_files_is_read(ending, tmp_path):
+    model = transformers_model("hubert")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "several", max_shard_size="40KB")
+    files = sorted((tmp_path / "several").glob("*.safetensors"))
+    assert len(files) > 2
+    if ending == "bin":
+        for path in files:
+            torch.save(safetensors.torch.load_file(path), path.with_suffix(".bin"))
+            path.unlink()
+        index = tmp_path / "several/model.safetensors.index.json"
+        text = index.read_text().replace(".safetensors", ".bin")
+        index.unlink()
+        (tmp_path / "several/pytorch_model.bin.index.json").write_text(text)
+    a, b = (load_teacher(tmp_path / name).state_dict() for name in ("one", "several"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    files[1].with_suffix(f".{ending}").unlink()
+    with pytest.raises(FileNotFoundError, match=files[1].stem):
+        load_teacher(tmp_path / "several")
+
+
+def test_safetensors_are_read_without_a_copy(tmp_path):
+    safetensors.torch.save_file({"x": torch.ones(5_000_000)}, tmp_path / "x.safetensors")
+    tracemalloc.start()
+    assert teachers.read_file(tmp_path / "x.safetensors")["x"].sum() == 5_000_000
+    assert tracemalloc.get_traced_memory()[1] < 1.1 * 20_000_000
+    tracemalloc.stop()
+
+
+def test_a_file_named_like_a_known_teacher_is_asked_about(tmp_path, monkeypatch):
+    (tmp_path / "hubert").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^hubert: a known name and a file here; write ./hubert"):
+        load_teacher("hubert")
+    with pytest.raises(FileNotFoundError, match="model.safetensors"):
+        load_teacher("./hubert")
 
 
 @pytest.mark.parametrize("dtype, words", [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
