@@ -106,11 +106,14 @@ def main(arguments=None):
     with program.one_line_errors():
         parser = program.Parser(__doc__.split("\n")[0])
         add = parser.add_argument
-        add("--seconds", type=float, nargs="+", default=[8, 7.6, 7.1, 6.5], help="per utterance")
+        seconds = {"type": program.at_least_0, "nargs": "+", "default": [8, 7.6, 7.1, 6.5]}
+        add("--seconds", **seconds, help="per utterance")
         add("--steps", type=program.count, default=5, help="timed steps per round")
         add("--cache", action="store_true", help="also time steps with cached targets")
         add("--student", action="store_true", help="time a student and a teacher in use instead")
         args, others = parser.parse_known_args(arguments)
+        if args.student and others:
+            raise ValueError(f"{others[0]}: --student takes no flags of train.py")
     if args.student:
         return time_student()
     flags = ["--teachers", ",".join(TEACHERS), "--splits", ".", "--max-seconds", "inf"]
@@ -118,7 +121,8 @@ def main(arguments=None):
     kinds = ["step", "step with cached targets"] if args.cache else ["step"]
     measured = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        corpus = write_audio(folder, args.seconds)
+        with program.one_line_errors():
+            corpus = write_audio(folder, args.seconds)
         for number in range(2):  # interleaved, since a machine's speed varies
             for kind in kinds:
                 cache = [] if kind == "step" else ["--cache", f"{folder}/targets"]

@@ -41,6 +41,9 @@ def test_cached_steps_are_timed_in_turn_and_parts_add_up(small, capsys, monkeypa
         (["--heads", "4,13"], "13"),
         (["--steps", "0"], "--steps"),
         (["--seconds", "8,7"], "--seconds"),
+        (["--seconds", "-1"], "--seconds"),
+        (["--seconds", "0.01"], "no audio of at least 25 ms"),
+        (["--student", "--precision", "bf16"], "--precision: --student takes no flags"),
     ],
 )
 def test_bad_settings_are_rejected_in_one_line(small, capsys, flags, word):
