@@ -41,7 +41,7 @@ def run(program):
             setattr(sys, name, open(os.devnull, "r+"))
         if hasattr(getattr(sys, name), "reconfigure"):  # not in Jupyter
             getattr(sys, name).reconfigure(errors="backslashreplace")  # paths may not be UTF-8
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCHLD)}
     code = 0
     try:
         try:
