@@ -93,10 +93,10 @@ class Cache:
         progress = program.Progress("cached files", len(share))
         missing, cached = [], []
         for number, i in enumerate(share, start=1):
-            if os.path.exists(self.path(i)):
-                cached.append(i)
-            else:
-                missing.append(i)
+            size = 0  # as a power cut leaves files
+            with contextlib.suppress(OSError):
+                size = os.stat(self.path(i)).st_size
+            (cached if size else missing).append(i)
             progress.show(number)
         for i in cached[:: len(cached) // 100 + 1]:
             try:
@@ -129,7 +129,7 @@ class Cache:
             if needed > free:
                 raise OSError(f"{message}, {free:.3g} GB free; choose another folder")
             if program.RANK == 0:
-                print(message, flush=True)
+                program.say(message)
         progress = program.Progress(name, len(missing))
         for number in range(longest + 1):  # the last turn is for a signal alone
             # All ranks check for a signal to any of them, after equally many utterances.

@@ -150,8 +150,8 @@ def list_audio(folder, splits):
 def files_under(root, folder):
     """Paths relative to `root` of all files under its sub-folder; links are followed.
 
-    Names that begin with a dot are ignored, such as macOS's ._x.flac. Raises OSError for a folder
-    that cannot be listed.
+    Names that begin with a dot are ignored, such as macOS's ._x.flac, and lost+found. Raises
+    OSError for another folder that cannot be listed.
     """
 
     def refuse(error):
@@ -160,7 +160,8 @@ def files_under(root, folder):
     visited = set()
     top = os.path.join(root, folder)
     for place, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        ignored = [name for name in folders if name.startswith(".") or name == "lost+found"]
+        folders[:] = [name for name in folders if name not in ignored]
         if os.path.realpath(place) in visited:
             folders.clear()
             continue

@@ -41,6 +41,8 @@ class Run:
             self.files_found = self.saved.get("files_found")
             self.warn_of_new_files()
         elif RANK == 0:
+            if os.path.realpath(args.data) == os.path.realpath(self.manifest):
+                raise ValueError(f"{args.data}: would be overwritten; choose another --out")
             corpus = manifest.find_corpus(args.data, args.splits, args.max_seconds)
             self.files_found = corpus.file_count() + len(corpus.skipped)
             manifest.warn_skipped(corpus.skipped)
@@ -51,7 +53,7 @@ class Run:
         args = self.args
         if RANK > 0 or self.files_found is None or args.data.endswith(".tsv"):
             return
-        with contextlib.suppress(FileNotFoundError):  # the audio may have moved
+        with contextlib.suppress(OSError):  # the audio may have moved
             new = len(manifest.list_audio(args.data, args.splits)) - self.files_found
             if new > 0:
                 text = f"{args.data}: {new} new audio files are not in this run"
@@ -75,6 +77,7 @@ class Run:
         self.skipped = {kind: {} for kind in self.totals}  # {path: reason}, of this rank at first
         self.reported = {kind: set() for kind in self.totals}
         self.terms, self.samples = [], 0  # since the last line of metrics
+        self.done = self.start  # the last finished step
         if self.saved:
             student.load_state_dict(self.saved["student"])
             optimizer.load_state_dict(self.saved["optimizer"])
@@ -83,7 +86,16 @@ class Run:
             write_config(self.args, student.head_names)
             self.log = Log(self.args, student.head_names, self.start)
             verb = "resuming at step" if self.start else "step"
-            print(f"{self.folder}: {verb} {self.start} of {self.args.steps}", flush=True)
+            program.say(f"{self.folder}: {verb} {self.start} of {self.args.steps}")
+
+    def saving(self, batches):
+        """Yields the batches. If the next one cannot be read, saves the last finished step."""
+        try:
+            yield from batches
+        except (ValueError, SystemExit):  # SystemExit: a signal while waiting for it
+            if RANK == 0 and self.done > self.start:
+                self.save(self.done)
+            raise
 
     def after_step(self, step, batch, terms, norm, held_out_terms):
         """Prints warnings and metrics, saves; on a signal all ranks exit after the same step.
@@ -115,6 +127,7 @@ class Run:
                 program.say(f"{self.folder}: step {step} is saved, the same command resumes there")
             program.gather(None)  # until rank 0 has saved: torchrun ends all as soon as one exits
             raise SystemExit(128 + signal)
+        self.done = step
 
     def report_skipped(self, step):
         """Warns of the files skipped on any rank; saves and exits for over 1% of a kind."""
@@ -139,7 +152,7 @@ class Run:
             student = os.path.join(self.folder, "student.pt")
             if self.args.steps == 0 or not os.path.exists(student):
                 self.save(self.start)
-            print(f"{student}: the student", flush=True)
+            program.say(f"{student}: the student")
 
     def save(self, step):
         """Writes student.pt, the student alone, then last.pt, all that resuming needs."""

@@ -58,7 +58,7 @@ def distil(args, ensemble, student, optimizer, batches, held_out, run, device):
         check_finite(norm, step, batch["paths"])
         optimizer.step()
         optimizer.zero_grad()
-        held_out_terms = validate(step, args, forward, student, held_out)
+        held_out_terms = validate(step, args, forward, student, held_out, run.stop)
         run.after_step(step, batch, terms, norm, held_out_terms)
 
 
@@ -75,7 +75,9 @@ def main(arguments=None):
         identity = target_identity(args, ensemble)
         noise = find_noise(args)
         run = Run(args, fixed_settings(args, ensemble, noise) | identity)
-    starts, kinds = zip(*program.gather((run.start, f"{args.precision} on {device.type}")))
+    kind = f"{args.precision} on {device.type}"
+    same = cache.key(run.settings, args.accumulate, args.log_every, args.valid, args.valid_every)
+    starts, kinds, keys = zip(*program.gather((run.start, kind, same)))
 
     with program.one_line_errors():
         if len(set(starts)) > 1:
@@ -83,6 +85,9 @@ def main(arguments=None):
         if len(set(kinds)) > 1:
             both = " and ".join(sorted(set(kinds)))
             raise ValueError(f"processes in {both}; use one kind of device and --precision")
+        if len(set(keys)) > 1:
+            problem = "the settings or teachers of the processes differ"
+            raise ValueError(f"{problem}; start all with the same command and files")
         student = make_student(args, ensemble)
         corpus = run.corpus()
         batches = data.TrainBatches(corpus, args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
@@ -106,15 +111,16 @@ def main(arguments=None):
     optimizer = torch.optim.AdamW(student.parameters(), 0, **adamw)  # lr is set at every step
     if RANK == 0:
         millions = sum(p.numel() for p in student.parameters()) / 1e6
-        print(f"audio: {corpus}")
-        print(f"teachers: {', '.join(ensemble.names)}; heads: {', '.join(student.head_names)}")
-        print(f"student: {millions:.2f} million parameters; {args.precision} on {device.type}")
+        program.say(f"audio: {corpus}")
+        heads = ", ".join(student.head_names)
+        program.say(f"teachers: {', '.join(ensemble.names)}; heads: {heads}")
+        program.say(f"student: {millions:.2f} million parameters; {kind}")
     with program.one_line_errors():
         run.begin(student, optimizer, batches, stop)
     steps = range(run.start, args.steps)
     batches.plan(run.start // batches.steps_per_epoch)  # here, so that workers share its memory
     loader = data.load_batches(batches, steps, args.workers, device.type == "cuda", stop)
-    distil(args, ensemble, student, optimizer, loader, held_out, run, device)
+    distil(args, ensemble, student, optimizer, run.saving(loader), held_out, run, device)
     run.end()
 
 
@@ -161,8 +167,11 @@ def check_finite(norm, step, paths):
 
 
 @torch.no_grad()
-def validate(step, args, forward, student, held_out):
-    """(2, heads) L1 and cosine on at most 20 held-out batches; None at steps without validation."""
+def validate(step, args, forward, student, held_out, stop):
+    """(2, heads) L1 and cosine on at most 20 held-out batches.
+
+    None at steps without validation, and after a signal, so that the step is saved soon.
+    """
     is_due = step % args.valid_every == 0 or step == args.steps
     if held_out is None or not is_due:
         return None
@@ -171,6 +180,9 @@ def validate(step, args, forward, student, held_out):
     count = min(20, held_out.steps_per_epoch)
     progress = program.Progress("held-out batches", count)
     for number in range(count):
+        if stop.received():
+            student.train()
+            return None
         batch = held_out[number]
         skipped |= batch["skipped"]["audio"]
         for part in split(batch, args.accumulate, device):
@@ -339,9 +351,10 @@ def find_held_out(args, corpus):
         return None
     audio = find_corpus(corpus.root, [args.valid], args.max_seconds)
     warn_skipped(audio.skipped)
-    shared = set(audio.paths()).intersection(corpus.paths())
-    if shared:
-        raise ValueError(f"--valid {args.valid}: {min(shared)} is in the training audio too")
+    of_audio = {os.path.join(audio.root, path) for path in audio.paths()}
+    for path in corpus.paths():  # those of a manifest may be absolute
+        if os.path.join(corpus.root, path) in of_audio:
+            raise ValueError(f"--valid {args.valid}: {path} is in the training audio too")
     if len(audio) < args.batch_size:
         raise ValueError(f"--valid {args.valid}: only {len(audio)} utterances, under --batch-size")
     return data.TrainBatches(audio, args.batch_size, 0, RANK, WORLD_SIZE)

@@ -132,6 +132,18 @@ def test_cached_tensors_of_other_audio_are_refused_at_the_start(small, tmp_path,
     assert "000.flac.0-4000.pt was computed from other audio than 000.flac" in line
 
 
+def test_empty_files_after_a_power_cut_are_computed_again(small, tmp_path, monkeypatch):
+    filled = cache.Cache(str(tmp_path / "c"), small)
+    filled.fill(torch.tensor, [8] * len(small), "numbers", NoSignal())
+    open(filled.path(4), "w").close()
+
+    def unread(*_):  # of many files, only some are read at the start
+        raise OSError
+
+    monkeypatch.setattr(cache.Cache, "load", unread)
+    assert filled.find_missing() == [4]
+
+
 def test_damaged_files_that_the_start_finds_are_computed_again(small, tmp_path):
     filled = cache.Cache(str(tmp_path / "c"), small)
     sizes = [8] * len(small)

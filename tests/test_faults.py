@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, environment, flags, metrics, obey_permissions, on_cpu, refused, run
 
+import data
 import train
 from encoder import SpeechEncoder
 
@@ -276,6 +277,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update_and_names_the_fil
 
 
 # ------------------------------------------------------------------ a machine with problems
+
+
+def test_audio_that_is_all_gone_ends_the_run_after_saving_its_last_step(
+    job, whole, tmp_path, monkeypatch
+):
+    crop, crops = data.TrainBatches.crop, []
+
+    def crop_until_unmounted(self, *place):
+        crops.append(place)
+        if len(crops) > 8 * 4:
+            raise OSError("Transport endpoint is not connected")
+        return crop(self, *place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.TrainBatches, "crop", crop_until_unmounted)
+        with pytest.raises(ValueError, match="no utterance is readable, such as .*endpoint"):
+            on_cpu(train, flags(job, tmp_path / "out", **SHORT | {"save_every": 1000}))
+    assert state(tmp_path / "out")["step"] == 4
+    on_cpu(train, flags(job, tmp_path / "out", **SHORT))
+    assert_same_run(state(tmp_path / "out"), state(whole))
 
 
 def test_a_second_run_a_killed_worker_and_a_full_disk_leave_the_checkpoint_intact(job, capsys):

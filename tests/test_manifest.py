@@ -71,8 +71,8 @@ def test_formats_without_seeking_are_read_from_any_sample(tmp_path):
 def test_dot_files_are_ignored_and_formats_that_cannot_be_read_are_counted(tmp_path):
     write_audio(tmp_path, [5000])
     (tmp_path / "._000.flac").write_bytes(b"\0\5\x16\7 AppleDouble")
-    (tmp_path / ".cache").mkdir()
-    write_audio(tmp_path / ".cache", [5000])
+    for folder in (".cache", "lost+found"):
+        write_audio(tmp_path / folder, [5000])
     for name in ("a.m4a", "b.M4A", "c.wma"):
         (tmp_path / name).write_bytes(b"?")
     with pytest.warns(match="convert to FLAC: 2 .m4a, 1 .wma"):

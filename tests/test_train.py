@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from conftest import (
 
 import aggregate
 import cache
+import data
 import manifest
 import train
 from encoder import SpeechEncoder
@@ -381,6 +383,38 @@ def test_damaged_held_out_audio_is_warned_of_once(job, tmp_path, capsys):
     assert printed.err.count(f"warning: skipped valid/{damaged.name}: ") == 1
 
 
+def test_a_signal_during_validation_ends_it_and_the_step_is_saved(job, tmp_path, monkeypatch):
+    write_audio(tmp_path / "audio" / "train", [6400] * 16, seed=3)
+    write_audio(tmp_path / "audio" / "valid", [6400] * 32, seed=4)
+    crop, crops = data.TrainBatches.crop, []
+
+    def crop_and_signal(self, i, *place):
+        if self.corpus.path(i).startswith("valid"):
+            crops.append(i)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return crop(self, i, *place)
+
+    monkeypatch.setattr(data.TrainBatches, "crop", crop_and_signal)
+    settings = {"data": tmp_path / "audio", "splits": "train", "max_seconds": 1, "steps": 20}
+    with pytest.raises(SystemExit):
+        distil(job, tmp_path / "out", **settings, valid="valid", valid_every=3)
+    assert len(crops) == 8 and metrics(tmp_path / "out")[-1]["step"] == 3
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 3
+
+
+def test_held_out_audio_of_a_manifest_with_absolute_paths_is_found_in_it(job, tmp_path, capsys):
+    (path, *_) = write_audio(tmp_path / "audio" / "valid", [6400] * 16)
+    (tmp_path / "list.tsv").write_text(f"{tmp_path}/audio\n{path}\t6400\n")
+    settings = {"data": tmp_path / "list.tsv", "valid": "valid", "batch_size": 1}
+    line = refused(capsys, train, flags(job, tmp_path / "out", **settings))
+    assert f"{path} is in the training audio too" in line
+    before = (tmp_path / "out/manifest.tsv").read_text()
+    settings = {"data": tmp_path / "out/manifest.tsv", "batch_size": 1}
+    line = refused(capsys, train, flags(job, tmp_path / "out", **settings))
+    assert "manifest.tsv: would be overwritten; choose another --out" in line
+    assert (tmp_path / "out/manifest.tsv").read_text() == before
+
+
 def test_without_clipping_the_gradient_is_used_as_it_is(job, reference):
     weights = distil(job, "unclipped", clip=0)
     assert_equal_student(weights, reference)  # whose gradients are below the limit
@@ -497,7 +531,7 @@ def test_all_differences_from_the_run_before_are_listed(job, tmp_path, capsys):
         assert name in line
 
 
-def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
+def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys, monkeypatch):
     write_audio(tmp_path / "audio", [6000] * 10)
     settings = {"data": tmp_path / "audio", "steps": 4}
     expected = distil(job, tmp_path / "whole", **settings)
@@ -508,6 +542,12 @@ def test_the_manifest_fixes_the_corpus_of_a_run(job, tmp_path, capsys):
     resumed = distil(job, tmp_path / "out", **settings)
     assert_equal_student(resumed, expected)
     assert "1 new audio files are not in this run" in capsys.readouterr().err
+
+    def unlisted(*_):
+        raise PermissionError("a folder that the run does not need")
+
+    monkeypatch.setattr(manifest, "list_audio", unlisted)
+    assert_equal_student(distil(job, tmp_path / "out", **settings), expected)
     lines = (tmp_path / "out/manifest.tsv").read_text().splitlines()
     settings["data"] = tmp_path / "list.tsv"
     settings["data"].write_text("\n".join(lines))
@@ -620,6 +660,11 @@ def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
     (tmp_path / "mixed.py").write_text(code)
     done = run(tmp_path / "mixed.py", *flags(job, tmp_path / "mixed"), cwd=job, processes=2)
     assert done.stderr.count("mixed.py: processes in bf16 on cpu and fp32 on cpu; use") == 1
+    code = "import program, train\nparse = train.parse\ndef parse_otherwise(*_):\n"
+    code += "    args = parse()\n    args.lr *= 1 + program.RANK\n    return args\n"
+    (tmp_path / "mixed.py").write_text(f"{code}train.parse = parse_otherwise\ntrain.main()\n")
+    done = run(tmp_path / "mixed.py", *flags(job, tmp_path / "mixed"), cwd=job, processes=2)
+    assert done.stderr.count("mixed.py: the settings or teachers of the processes differ; ") == 1
 
 
 def test_help_documents_every_flag():
