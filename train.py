@@ -75,19 +75,10 @@ def main(arguments=None):
         identity = target_identity(args, ensemble)
         noise = find_noise(args)
         run = Run(args, fixed_settings(args, ensemble, noise) | identity)
-    kind = f"{args.precision} on {device.type}"
-    same = cache.key(run.settings, args.accumulate, args.log_every, args.valid, args.valid_every)
-    starts, kinds, keys = zip(*program.gather((run.start, kind, same)))
+    ranks = program.gather(must_be_equal(args, run, device))
 
     with program.one_line_errors():
-        if len(set(starts)) > 1:
-            raise ValueError(f"{args.out}: different checkpoints per process; use a shared folder")
-        if len(set(kinds)) > 1:
-            both = " and ".join(sorted(set(kinds)))
-            raise ValueError(f"processes in {both}; use one kind of device and --precision")
-        if len(set(keys)) > 1:
-            problem = "the settings or teachers of the processes differ"
-            raise ValueError(f"{problem}; start all with the same command and files")
+        check_equal(args, ranks)
         student = make_student(args, ensemble)
         corpus = run.corpus()
         batches = data.TrainBatches(corpus, args.batch_size, args.seed, RANK, WORLD_SIZE, noise)
@@ -114,7 +105,8 @@ def main(arguments=None):
         program.say(f"audio: {corpus}")
         heads = ", ".join(student.head_names)
         program.say(f"teachers: {', '.join(ensemble.names)}; heads: {heads}")
-        program.say(f"student: {millions:.2f} million parameters; {kind}")
+        precision = f"{args.precision} on {device.type}"
+        program.say(f"student: {millions:.2f} million parameters; {precision}")
     with program.one_line_errors():
         run.begin(student, optimizer, batches, stop)
     steps = range(run.start, args.steps)
@@ -334,6 +326,24 @@ def fixed_settings(args, ensemble, noise):
         files = cache.key(list(noise.corpus.paths()), noise.corpus.samples.tolist())
         settings["files of noise"] = files
     return settings
+
+
+def must_be_equal(args, run, device):
+    """{what must be equal on all ranks; the remedy if it is not: value}."""
+    flags = [args.accumulate, args.log_every, args.valid, args.valid_every]
+    settings = cache.key(run.settings, flags)
+    return {
+        "checkpoints; use a shared folder": run.start,
+        "precision or device; use one kind of device": [args.precision, device.type],
+        "settings or teachers; start all with the same command and files": settings,
+    }
+
+
+def check_equal(args, ranks):
+    """Raises ValueError if a value of must_be_equal() differs between ranks."""
+    for what in ranks[0]:
+        if any(rank[what] != ranks[0][what] for rank in ranks):
+            raise ValueError(f"{args.out}: the processes differ in {what}")
 
 
 def find_noise(args):

@@ -652,6 +652,8 @@ def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
     (tmp_path / "other.py").write_text(code)
     done = run(tmp_path / "other.py", cwd=tmp_path, processes=2)
     assert done.returncode != 0 and done.stderr.count("other.py: only here") == 1
+    with pytest.raises(ValueError, match="the processes differ in checkpoints; use a shared"):
+        train.check_equal(train.parse([]), [{"checkpoints; use a shared folder": n} for n in (0, 9)])
     done = run("train.py", *flags(job, tmp_path / "out", heads="2,7"), cwd=job, processes=2)
     assert done.stderr.count("train.py: ") == 1 and "7" in done.stderr
     assert f'{ROOT / "train.py"}", line' not in done.stderr  # no traceback
@@ -659,12 +661,13 @@ def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
     code += "program.precision = lambda *_: ['bf16', 'fp32'][program.RANK]\ntrain.main()\n"
     (tmp_path / "mixed.py").write_text(code)
     done = run(tmp_path / "mixed.py", *flags(job, tmp_path / "mixed"), cwd=job, processes=2)
-    assert done.stderr.count("mixed.py: processes in bf16 on cpu and fp32 on cpu; use") == 1
+    differ = f"mixed.py: {tmp_path}/mixed: the processes differ in"
+    assert done.stderr.count(f"{differ} precision or device; use one kind of device") == 1
     code = "import program, train\nparse = train.parse\ndef parse_otherwise(*_):\n"
     code += "    args = parse()\n    args.lr *= 1 + program.RANK\n    return args\n"
     (tmp_path / "mixed.py").write_text(f"{code}train.parse = parse_otherwise\ntrain.main()\n")
     done = run(tmp_path / "mixed.py", *flags(job, tmp_path / "mixed"), cwd=job, processes=2)
-    assert done.stderr.count("mixed.py: the settings or teachers of the processes differ; ") == 1
+    assert done.stderr.count(f"{differ} settings or teachers; start all with the same") == 1
 
 
 def test_help_documents_every_flag():
