@@ -16,7 +16,7 @@ from data import SAMPLE_RATE
 from program import RANK, WORLD_SIZE
 from student import save_student
 
-CONTENT = ("step", "settings", "student", "optimizer")  # of last.pt
+CONTENT = ("step", "settings", "student", "optimizer")  # required in last.pt
 
 
 class Run:
@@ -49,7 +49,7 @@ class Run:
             manifest.write_manifest(self.manifest, corpus)
 
     def warn_of_new_files(self):
-        """A warning if the folder of a resumed run has more audio files than the run."""
+        """On resuming, warns if --data has more audio files than the run."""
         args = self.args
         if RANK > 0 or self.files_found is None or args.data.endswith(".tsv"):
             return
@@ -74,7 +74,7 @@ class Run:
         self.student, self.optimizer, self.stop = student, optimizer, stop
         noise_files = batches.noise.corpus.file_count() if batches.noise else 0
         self.totals = {"audio": batches.corpus.file_count(), "noise": noise_files}
-        self.skipped = {kind: {} for kind in self.totals}  # {path: reason}, of this rank at first
+        self.skipped = {kind: {} for kind in self.totals}  # {path: reason}; of all ranks after a report
         self.reported = {kind: set() for kind in self.totals}
         self.terms, self.samples = [], 0  # since the last line of metrics
         self.done = self.start  # the last finished step
@@ -89,12 +89,12 @@ class Run:
             program.say(f"{self.folder}: {verb} {self.start} of {self.args.steps}")
 
     def saving(self, batches):
-        """Yields the batches. If the next one cannot be read, saves the last finished step."""
+        """Yields the batches. If rank 0 cannot read the next one, it saves the last finished step."""
         try:
             yield from batches
         except (ValueError, SystemExit):  # SystemExit: a signal while waiting for it
             if RANK == 0 and self.done > self.start:
-                self.save(self.done)
+                self.save()
             raise
 
     def after_step(self, step, batch, terms, norm, held_out_terms):
@@ -103,7 +103,7 @@ class Run:
         terms: per part of the batch (2, heads), L1 and cosine.
         held_out_terms: the mean over held-out batches, or None.
         """
-        args = self.args
+        args, self.done = self.args, step
         self.terms += terms
         self.samples += batch["waveforms"].numel() * WORLD_SIZE
         for kind, skipped in batch["skipped"].items():
@@ -112,7 +112,7 @@ class Run:
         is_last = step == args.steps or signal > 0
         log_now = is_last or step % args.log_every == 0 or step == self.start + 1
         if log_now or held_out_terms is not None:
-            self.report_skipped(step)
+            self.report_skipped()
             means = program.mean(torch.stack(self.terms).mean(0))
             if RANK == 0:
                 lr, audio = self.optimizer.param_groups[0]["lr"], self.samples / SAMPLE_RATE
@@ -121,15 +121,14 @@ class Run:
         elif RANK == 0:
             self.log.progress.show(step)
         if RANK == 0 and (is_last or step % args.save_every == 0):
-            self.save(step)
+            self.save()
         if signal:
             if RANK == 0:
                 program.say(f"{self.folder}: step {step} is saved, the same command resumes there")
             program.gather(None)  # until rank 0 has saved: torchrun ends all as soon as one exits
             raise SystemExit(128 + signal)
-        self.done = step
 
-    def report_skipped(self, step):
+    def report_skipped(self):
         """Warns of the files skipped on any rank; saves and exits for over 1% of a kind."""
         for kind, total in self.totals.items():
             skipped = {}
@@ -143,24 +142,24 @@ class Run:
                     manifest.check_skipped(skipped, total, kind)
                 except ValueError as error:
                     if RANK == 0:
-                        self.save(step)
-                    raise ValueError(f"{error}; step {step} is saved") from None
+                        self.save()
+                    raise ValueError(f"{error}; step {self.done} is saved") from None
 
     def end(self):
-        """Prints the student's path, after the loop; saves it if the run had no steps."""
+        """Prints the student's path, after the loop; saves if it is missing, or --steps is 0."""
         if RANK == 0:
             student = os.path.join(self.folder, "student.pt")
             if self.args.steps == 0 or not os.path.exists(student):
-                self.save(self.start)
+                self.save()
             program.say(f"{student}: the student")
 
-    def save(self, step):
-        """Writes student.pt, the student alone, then last.pt, all that resuming needs."""
+    def save(self):
+        """Of the last finished step, writes student.pt, the student alone, then last.pt, all that resuming needs."""
         args, student = self.args, self.student
         about = {"teachers": self.settings["--teachers"], "agg": args.agg, "layers": args.layers}
-        about |= {"step": step, "data": os.path.basename(os.path.realpath(args.data))}
+        about |= {"step": self.done, "data": os.path.basename(os.path.realpath(args.data))}
         save_student(student, os.path.join(self.folder, "student.pt"), **about)
-        content = {"step": step, "settings": self.settings, "files_found": self.files_found}
+        content = {"step": self.done, "settings": self.settings, "files_found": self.files_found}
         content |= {"student": student.state_dict(), "optimizer": self.optimizer.state_dict()}
         checkpoint.save(os.path.join(self.folder, "last.pt"), content, keep_previous=True)
 

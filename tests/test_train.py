@@ -653,7 +653,9 @@ def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
     done = run(tmp_path / "other.py", cwd=tmp_path, processes=2)
     assert done.returncode != 0 and done.stderr.count("other.py: only here") == 1
     with pytest.raises(ValueError, match="the processes differ in checkpoints; use a shared"):
-        train.check_equal(train.parse([]), [{"checkpoints; use a shared folder": n} for n in (0, 9)])
+        train.check_equal(
+            train.parse([]), [{"checkpoints; use a shared folder": n} for n in (0, 9)]
+        )
     done = run("train.py", *flags(job, tmp_path / "out", heads="2,7"), cwd=job, processes=2)
     assert done.stderr.count("train.py: ") == 1 and "7" in done.stderr
     assert f'{ROOT / "train.py"}", line' not in done.stderr  # no traceback
