@@ -74,7 +74,7 @@ class Run:
         self.student, self.optimizer, self.stop = student, optimizer, stop
         noise_files = batches.noise.corpus.file_count() if batches.noise else 0
         self.totals = {"audio": batches.corpus.file_count(), "noise": noise_files}
-        self.skipped = {kind: {} for kind in self.totals}  # {path: reason}; of all ranks after a report
+        self.skipped = {kind: {} for kind in self.totals}  # {path: reason}, later of all ranks
         self.reported = {kind: set() for kind in self.totals}
         self.terms, self.samples = [], 0  # since the last line of metrics
         self.done = self.start  # the last finished step
@@ -89,7 +89,7 @@ class Run:
             program.say(f"{self.folder}: {verb} {self.start} of {self.args.steps}")
 
     def saving(self, batches):
-        """Yields the batches. If rank 0 cannot read the next one, it saves the last finished step."""
+        """Yields the batches. If rank 0 cannot read the next one, it saves the step before."""
         try:
             yield from batches
         except (ValueError, SystemExit):  # SystemExit: a signal while waiting for it
@@ -154,7 +154,7 @@ class Run:
             program.say(f"{student}: the student")
 
     def save(self):
-        """Of the last finished step, writes student.pt, the student alone, then last.pt, all that resuming needs."""
+        """Writes the last finished step: student.pt, the student alone, then last.pt, to resume."""
         args, student = self.args, self.student
         about = {"teachers": self.settings["--teachers"], "agg": args.agg, "layers": args.layers}
         about |= {"step": self.done, "data": os.path.basename(os.path.realpath(args.data))}
