@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -652,24 +653,40 @@ def test_under_torchrun_bad_input_on_one_rank_is_one_line(job, tmp_path):
     (tmp_path / "other.py").write_text(code)
     done = run(tmp_path / "other.py", cwd=tmp_path, processes=2)
     assert done.returncode != 0 and done.stderr.count("other.py: only here") == 1
-    with pytest.raises(ValueError, match="the processes differ in checkpoints; use a shared"):
-        train.check_equal(
-            train.parse([]), [{"checkpoints; use a shared folder": n} for n in (0, 9)]
-        )
     done = run("train.py", *flags(job, tmp_path / "out", heads="2,7"), cwd=job, processes=2)
     assert done.stderr.count("train.py: ") == 1 and "7" in done.stderr
     assert f'{ROOT / "train.py"}", line' not in done.stderr  # no traceback
-    code = "import program, train\n"
-    code += "program.precision = lambda *_: ['bf16', 'fp32'][program.RANK]\ntrain.main()\n"
-    (tmp_path / "mixed.py").write_text(code)
-    done = run(tmp_path / "mixed.py", *flags(job, tmp_path / "mixed"), cwd=job, processes=2)
-    differ = f"mixed.py: {tmp_path}/mixed: the processes differ in"
-    assert done.stderr.count(f"{differ} precision or device; use one kind of device") == 1
     code = "import program, train\nparse = train.parse\ndef parse_otherwise(*_):\n"
     code += "    args = parse()\n    args.lr *= 1 + program.RANK\n    return args\n"
     (tmp_path / "mixed.py").write_text(f"{code}train.parse = parse_otherwise\ntrain.main()\n")
     done = run(tmp_path / "mixed.py", *flags(job, tmp_path / "mixed"), cwd=job, processes=2)
-    assert done.stderr.count(f"{differ} settings or teachers; start all with the same") == 1
+    differ = f"mixed.py: {tmp_path}/mixed: the processes differ in settings or teachers; start all"
+    assert done.stderr.count(differ) == 1
+
+
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        ({}, None),
+        ({"start": 9}, "checkpoints; use a shared folder"),
+        ({"precision": "bf16"}, "precision or device; use one kind"),
+        ({"device": "cuda"}, "precision or device; use one kind"),
+        ({"settings": {"--lr": 2}}, "settings or teachers; start all"),
+        ({"log_every": 7}, "settings or teachers; start all"),
+    ],
+)
+def test_processes_that_differ_are_refused(change, problem):
+    def of_rank(start=0, precision="fp32", device="cpu", settings=None, log_every=100):
+        args = train.parse(["--precision", precision, "--log-every", str(log_every)])
+        run = types.SimpleNamespace(start=start, settings=settings or {"--lr": 1})
+        return train.must_be_equal(args, run, torch.device(device))
+
+    ranks = [of_rank(), of_rank(**change)]
+    if problem is None:
+        train.check_equal(train.parse([]), ranks)
+        return
+    with pytest.raises(ValueError, match=f"^runs/avg: the processes differ in {problem}"):
+        train.check_equal(train.parse([]), ranks)
 
 
 def test_help_documents_every_flag():
