@@ -15,7 +15,7 @@ import data
 import program
 
 VERSION = 1  # raise it if encoder.py or quantize() changes the targets
-SIGNAL_EVERY = 16  # utterances
+SIGNAL_EVERY = 8  # utterances
 
 
 def key(*parts):
@@ -44,11 +44,12 @@ class Cache:
         """The file of utterance i, named by audio path, first sample and length."""
         corpus = self.corpus
         # Neither absolute nor with '..': the file stays inside the folder of the cache.
-        folder, name = os.path.split(corpus.path(i).lstrip("/").replace("..", "__"))
+        parts = corpus.path(i).lstrip("/").split("/")
+        *folders, name = ["__" if part == ".." else part for part in parts]
         if len(os.fsencode(name)) > 150:  # a name has at most 255 bytes
             name = key(name)
         file = f"{name}.{corpus.starts[i]}-{corpus.samples[i]}.pt"
-        return os.path.join(self.folder, folder, file)
+        return os.path.join(self.folder, *folders, file)
 
     def load(self, i, part="tensors"):
         """The tensors of utterance i, or the "audio" hash that was saved with them.

@@ -81,12 +81,15 @@ def test_paths_in_the_cache_stay_inside_and_have_names_that_fit(tmp_path):
     paths = [str(write_audio(tmp_path / "audio", [4000])[0]), "../audio/000.flac"]
     paths.append(f"../audio/{'语' * 80}.flac")
     shutil.copy(paths[0], tmp_path / "audio" / paths[2][9:])
+    paths += ["a..b.flac", "a__b.flac"]
     (tmp_path / "list").mkdir()
     corpus = manifest.Corpus(f"{tmp_path}/list", [(path, 9) for path in paths])
     inside = cache.Cache(f"{tmp_path}/cache", corpus)
-    inside.fill(lambda i: torch.tensor(i), [1] * 3, "numbers", NoSignal())
-    assert [int(inside.load(i)) for i in range(3)] == [0, 1, 2]
-    for i in range(3):
+    for name in paths[3:]:
+        shutil.copy(paths[0], tmp_path / "list" / name)
+    inside.fill(lambda i: torch.tensor(i), [1] * 5, "numbers", NoSignal())
+    assert [int(inside.load(i)) for i in range(5)] == [0, 1, 2, 3, 4]
+    for i in range(5):
         assert os.path.realpath(inside.path(i)).startswith(f"{tmp_path}/cache/")
 
 
