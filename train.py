@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import math
 import os
+import warnings
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -162,25 +163,35 @@ def check_finite(norm, step, paths):
 def validate(step, args, forward, student, held_out, stop):
     """(2, heads) L1 and cosine on at most 20 held-out batches.
 
-    None at steps without validation, and after a signal, so that the step is saved soon.
+    None at steps without validation, after a signal, so that the step is saved soon, and, with a
+    warning, if a batch cannot be read.
     """
     is_due = step % args.valid_every == 0 or step == args.steps
     if held_out is None or not is_due:
         return None
     student.eval()  # no dropout
     device, terms, skipped = next(student.parameters()).device, [], {}
+    unreadable = None
     count = min(20, held_out.steps_per_epoch)
     progress = program.Progress("held-out batches", count)
     for number in range(count):
         if stop.received():
             student.train()
             return None
-        batch = held_out[number]
+        try:
+            batch = held_out[number]
+        except ValueError as error:  # other ranks may be able to read theirs
+            unreadable = str(error)
+            continue
         skipped |= batch["skipped"]["audio"]
         for part in split(batch, args.accumulate, device):
             terms.append(torch.stack(forward(part)[1:]))
         progress.show(number + 1)
     student.train()
+    problems = [text for text in program.gather(unreadable) if text]
+    if problems:
+        warnings.warn(f"step {step} has no held-out loss: {problems[0]}")
+        return None
     for skipped_by_rank in program.gather(skipped):
         warn_skipped(skipped_by_rank)  # each file once: Python prints equal warnings once
     return program.mean(torch.stack(terms).mean(0))
@@ -188,11 +199,12 @@ def validate(step, args, forward, student, held_out, stop):
 
 # ------------------------------------------------------------------ settings
 
-# Settings that may differ when a run resumes: they change no weight beyond rounding.
-# --accumulate, --compile and the number of processes change the dropout masks too.
+# Settings that may differ when a run resumes: they change weights by rounding alone, or, as
+# --accumulate, --compile and the number of processes, by other dropout masks.
 MAY_CHANGE = {"out", "accumulate", "compile", "workers", "log_every", "save_every", "tensorboard"}
 MAY_CHANGE |= {"valid", "valid_every"}
-# Paths. Teachers, noise and manifests are compared by content, files by their length when read.
+# Paths. Compared are the teachers' weights and names, the noise files' paths and lengths, the
+# lines of a manifest; the length of an audio file when it is read.
 MAY_CHANGE |= {"data", "teachers", "cache", "noise"}
 
 

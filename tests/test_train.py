@@ -32,6 +32,7 @@ import manifest
 import train
 from encoder import SpeechEncoder
 from export import official_state_dict, save_official
+from run import Run
 from student import Student, load_student, save_student, student_config
 
 
@@ -382,6 +383,29 @@ def test_damaged_held_out_audio_is_warned_of_once(job, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.count("  valid ") == 2
     assert printed.err.count(f"warning: skipped valid/{damaged.name}: ") == 1
+
+
+def test_held_out_audio_that_is_gone_is_warned_of_and_training_goes_on(
+    job, tmp_path, monkeypatch, capsys
+):
+    write_audio(tmp_path / "audio" / "train", [6400] * 16, seed=3)
+    gone = write_audio(tmp_path / "audio" / "valid", [6400] * 16, seed=4)
+    after_step = Run.after_step
+
+    def after_step_and_remove(self, step, *rest):
+        after_step(self, step, *rest)
+        if step == 2:
+            for path in gone:
+                path.unlink()
+
+    monkeypatch.setattr(Run, "after_step", after_step_and_remove)
+    settings = {"data": tmp_path / "audio", "splits": "train", "max_seconds": 1, "steps": 4}
+    distil(job, tmp_path / "out", **settings, valid="valid", valid_every=2)
+    warning = "warning: step 4 has no held-out loss: "
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if warning in line]
+    assert "valid/0" in line
+    lines = [line["step"] for line in metrics(tmp_path / "out") if "valid" in line]
+    assert lines == [2] and metrics(tmp_path / "out")[-1]["step"] == 4
 
 
 def test_a_signal_during_validation_ends_it_and_the_step_is_saved(job, tmp_path, monkeypatch):
