@@ -28,7 +28,7 @@ SETTINGS = [  # field of EncoderConfig, name in fairseq, name in transformers
     ("pos_kernel", "conv_pos", "num_conv_pos_embeddings"),
     ("pos_groups", "conv_pos_groups", "num_conv_pos_embedding_groups"),
 ]
-CARD_SETTINGS = "agg steps splits init dropout batch_size lr weight_decay warmup clip "
+CARD_SETTINGS = "agg weights steps splits init dropout batch_size lr weight_decay warmup clip "
 CARD_SETTINGS += "cosine_weight max_seconds precision seed"
 CARD = """\
 ---
@@ -174,7 +174,9 @@ def model_card(student, name, about):
     normalised = ", each of mean 0 and variance 1" if config.normalize else ""
     settings = about.get("settings", {})
     names = CARD_SETTINGS.split() + ["snr", "noise_probability"] * bool(settings.get("noise"))
-    settings = [f"{key} {settings[key]}" for key in names if key in settings]
+    if str(settings.get("data")).endswith(".tsv"):
+        names.remove("splits")  # a manifest has none
+    settings = [f"{key} {settings[key]}" for key in names if settings.get(key) is not None]
     facts = {
         "teachers": ", ".join(about.get("teachers", [])),
         "layers of the teachers": ", ".join(map(str, about.get("layers", []))),

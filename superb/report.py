@@ -342,9 +342,10 @@ def draw_curves(folders, path):
             style = styles.setdefault(teacher, next_style) if teacher else "-"
             losses = [line[f"l1/{head}"] + line[f"cosine/{head}"] for line in lines]
             panel.plot([line["step"] for line in lines], losses, color=colour, linestyle=style)
-        valid = [(line["step"], line["valid"]) for line in lines if "valid" in line]
+        valid = [line for line in lines if "valid" in line]
         if valid:
-            panel.plot(*zip(*valid), color="grey", marker=".")
+            losses = [line["valid_l1"] + line["valid_cosine"] for line in valid]
+            panel.plot([line["step"] for line in valid], losses, color="grey", marker=".")
             is_held_out = True
         panel.set_title(names[-1])
         panel.set_xlabel("step")

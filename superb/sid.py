@@ -60,12 +60,15 @@ def read_table(path, columns):
     if missing:
         header = ",".join(columns)
         raise ValueError(f"{path}, line 1: the header lacks {missing[0]}; write {header}")
-    for row in table:
-        place = f"{path}, line {lines[table.line_num - 1][0]}"  # the last line of a quoted value
-        values = [(row.get(column) or "").strip() for column in columns]
-        if not all(values):
-            raise ValueError(f"{place}: a value of {','.join(columns)} is missing")
-        rows.append([*values, place])
+    try:
+        for row in table:
+            place = f"{path}, line {lines[table.line_num - 1][0]}"  # the last of a quoted value
+            values = [(row.get(column) or "").strip() for column in columns]
+            if not all(values):
+                raise ValueError(f"{place}: a value of {','.join(columns)} is missing")
+            rows.append([*values, place])
+    except csv.Error as error:
+        raise ValueError(f"{path}: {error}; look for a quote that is not closed") from None
     if not rows:
         raise ValueError(f"{path}: no lines below the header")
     return rows

@@ -47,7 +47,9 @@ class Split(torch.utils.data.Dataset):
 
         The noise depends on the place i in the split, so noise_key covers the order of the paths.
         """
-        self.noise = data.Noise(manifest.find_corpus(folder, ["."]), snr)
+        found = manifest.find_corpus(folder, ["."])
+        manifest.warn_skipped(found.skipped)
+        self.noise = data.Noise(found, snr)
         files = [audio_hash(self.noise.corpus, i) for i in range(len(self.noise.corpus))]
         self.noise_key = key(files, self.noise.snr, list(self.corpus.paths()))
 
@@ -57,11 +59,9 @@ class Split(torch.utils.data.Dataset):
     def read(self, i):
         """The waveform of utterance i, (samples,). Raises ValueError naming the file."""
         try:
-            waveform = self.corpus.read(i)
-            if not self.noise:
-                return waveform
-            skipped = {}
-            waveform = self.noise.mix(waveform, (i,), skipped)
+            waveform, skipped = self.corpus.read(i), {}
+            if self.noise:
+                waveform = self.noise.mix(waveform, (i,), skipped)
             for path, reason in skipped.items():
                 raise ValueError(f"its noise {path}: {reason}")
             return waveform
@@ -95,8 +95,8 @@ class FilterBanks(nn.Module):
         """Number of windows of 25 ms that lie within the utterance."""
         return max((samples - 400) // 160 + 1, 0)
 
-    def forward(self, waveforms, layers=None):
-        """(1, samples) at 16 kHz to one state, [(1, frames, 240)]; `layers` has no effect."""
+    def forward(self, waveforms):
+        """(1, samples) at 16 kHz to one state, [(1, frames, 240)]."""
         mel = torchaudio.compliance.kaldi.fbank(waveforms, num_mel_bins=80, sample_frequency=16000)
         delta = torchaudio.functional.compute_deltas(mel.t())
         x = torch.cat([mel, delta.t(), torchaudio.functional.compute_deltas(delta).t()], dim=1)
@@ -133,7 +133,7 @@ class Upstream:
         """
         waveforms = waveform[None].to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            states = self.encoder(waveforms, layers=self.layers)
+            states = self.encoder(waveforms)
         return torch.cat(states).bfloat16()
 
 

@@ -141,7 +141,8 @@ def trained(tmp_path):
     about = {"teachers": ["hubert", "wavlm_plus"], "agg": "avg", "layers": [2, 4], "step": 1200}
     save_student(student, tmp_path / "student.pt", **about, data="LibriSpeech")
     settings = {"agg": "avg", "lr": 2e-4, "batch_size": 24, "data": "/home/me/LibriSpeech"}
-    settings |= {"steps": 2000, "noise": "/home/me/noise", "snr": [0, 20], "noise_probability": 0.5}
+    settings |= {"weights": None, "steps": 2000}
+    settings |= {"noise": "/home/me/noise", "snr": [0, 20], "noise_probability": 0.5}
     (tmp_path / "config.json").write_text(json.dumps({"settings": settings, "commit": "c0ffee"}))
     return tmp_path
 
@@ -162,7 +163,17 @@ def test_the_model_card_says_how_the_student_was_trained(trained):
     facts += ["| language | en |", "lr 0.0002;", "batch_size 24", "c0ffee", "2302.12757"]
     facts += ["snr [0, 20]; noise_probability 0.5"]
     assert [fact for fact in facts if fact not in card.text] == []
-    assert "/home/me" not in card.text and "not recorded" not in card.text
+    absent = ["/home/me", "not recorded", "weights None"]
+    assert [word for word in absent if word in card.text] == []
+
+
+def test_the_model_card_of_a_weighted_average_on_a_manifest_has_weights_and_no_splits(trained):
+    settings = {"agg": "avg", "weights": [1.0, 2.0], "splits": ["train-clean-100"]}
+    config = {"settings": settings | {"data": "/home/me/speech.tsv"}}
+    (trained / "config.json").write_text(json.dumps(config))
+    on_cpu(export, [trained, "--to", trained / "new"])
+    text = (trained / "new/README.md").read_text()
+    assert "weights [1.0, 2.0]" in text and "splits" not in text
 
 
 def test_the_model_card_says_what_is_not_recorded(tmp_path):

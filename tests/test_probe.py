@@ -333,7 +333,11 @@ def test_noise_is_the_same_for_every_upstream_and_known_by_content(corpus, tmp_p
     clean, first, second, other = (
         ctc.read_split(str(corpus), "test-clean", lambda words: [1]) for _ in range(4)
     )
-    first.add_noise(str(tmp_path), [5.0])
+    for number in range(150):
+        shutil.copy(tmp_path / "000.flac", tmp_path / f"a{number}.flac")
+    (tmp_path / "junk.wav").write_text("no")
+    with pytest.warns(UserWarning, match="junk.wav"):
+        first.add_noise(str(tmp_path), [5.0])
     second.add_noise(str(tmp_path), [5.0])
     for i in range(8):
         added = first.read(i) - clean.read(i)

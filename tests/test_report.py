@@ -214,7 +214,7 @@ def test_curves_have_a_panel_per_run_and_name_layers_and_teachers(tmp_path):
     (tmp_path / "rows.tsv").write_text(f"teacher-hubert\tteachers\tteacher: HuBERT\n{NAMES}")
     for row, heads in (("all", ["hubert.layer4", "wavlm.layer4"]), ("avg", ["layer8"])):
         losses = {f"{term}/{head}": 0.5 for term in ("l1", "cosine") for head in heads}
-        held_out = {"valid": 1.0} if row == "all" else {}
+        held_out = {"valid": 5.5, "valid_l1": 0.5, "valid_cosine": 0.5} if row == "all" else {}
         lines = [json.dumps({"step": step} | losses | held_out) + "\n" for step in (1, 2)]
         (tmp_path / row / "seed-1").mkdir(parents=True)
         (tmp_path / row / "seed-1/metrics.jsonl").write_text("".join(lines))
@@ -224,6 +224,7 @@ def test_curves_have_a_panel_per_run_and_name_layers_and_teachers(tmp_path):
     words = ["average of three, seed 1", "HuBERT", "wavlm", "layer 4", "layer 8"]
     words.append("held out, mean")
     assert all(f">{word}<" in text for word in words)
+    assert ">5<" not in text  # the held-out loss is L1 + cosine too, whatever --cosine-weight
 
 
 def test_scores_over_steps_have_a_panel_per_task_and_a_line_per_student(tmp_path):
