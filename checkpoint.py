@@ -141,7 +141,7 @@ def load_latest(folder, keys):
         except ValueError as error:
             warnings.warn(str(error))
             continue
-        if path != newest and newest in paths:
+        if path != newest:
             with contextlib.suppress(OSError):
                 os.replace(newest, f"{newest}.damaged")
         return content

@@ -20,7 +20,7 @@ FRAME_SAMPLES = 320  # from one frame to the next
 MIN_SAMPLES = 400  # the receptive field of one frame
 CROP_MULTIPLE = 3200  # crop lengths are rounded down to a multiple of it, for few distinct shapes
 BATCH_TIMEOUT = 600  # seconds
-UNREADABLE = (soundfile.SoundFileError, OSError, ValueError, TypeError)  # reading audio or a target
+UNREADABLE = (OSError, ValueError, TypeError)  # reading audio or a target
 
 
 # ------------------------------------------------------------------ batches

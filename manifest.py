@@ -85,18 +85,16 @@ class Corpus:
 # ------------------------------------------------------------------ finding files
 
 
-def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=None):
+def find_corpus(data, splits=LIBRISPEECH_960, max_seconds=1e9):
     """The Corpus of a folder's sub-folders `splits`, or of a manifest (.tsv).
 
     Files longer than max_seconds become equal pieces of at most that; files shorter than a frame
     are skipped. "." as split is the whole folder. Raises FileNotFoundError and ValueError.
     """
     corpus = read_manifest(data) if str(data).endswith(".tsv") else scan(data, splits)
-    longest = max(1, int(corpus.samples.max()))
-    if max_seconds is not None:
-        longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
-        if longest < 2 * MIN_SAMPLES:
-            raise ValueError(f"pieces of {max_seconds} s are too short; at least 0.05")
+    longest = int(min(max_seconds, 1e9) * SAMPLE_RATE)
+    if longest < 2 * MIN_SAMPLES:
+        raise ValueError(f"pieces of {max_seconds} s are too short; at least 0.05")
     too_short = corpus.samples < MIN_SAMPLES
     for i in np.flatnonzero(too_short):
         corpus.skipped[corpus.path(i)] = f"{corpus.samples[i]} samples, shorter than a frame"
@@ -160,8 +158,7 @@ def files_under(root, folder):
     visited = set()
     top = os.path.join(root, folder)
     for place, folders, names in os.walk(top, onerror=refuse, followlinks=True):
-        ignored = [name for name in folders if name.startswith(".") or name == "lost+found"]
-        folders[:] = [name for name in folders if name not in ignored]
+        folders[:] = [name for name in folders if name[0] != "." and name != "lost+found"]
         if os.path.realpath(place) in visited:
             folders.clear()
             continue
