@@ -105,7 +105,7 @@ class Ensemble:
             states.append([numbers % (7 + layer) for layer in range(len(self.layers[0]))])
         function = f"aggregate.py: {self.aggregation.__name__}"
         try:
-            targets = self.aggregation(states, **self.options)
+            targets = list(self.aggregation(states, **self.options))
             shapes = [tuple(target.shape) for target in targets]
         except Exception as error:
             teachers = ", ".join(f"{name} {dim}" for name, dim in zip(self.names, dims))

@@ -83,7 +83,7 @@ def test_heads_follow_from_the_aggregation_and_are_named_after_layers(agg, layer
 
 def test_an_aggregation_of_a_readers_own_is_one_function(monkeypatch):
     def deepest(states):
-        return [torch.stack([layers[-1] for layers in states]).mean(0)]
+        yield torch.stack([layers[-1] for layers in states]).mean(0)
 
     monkeypatch.setitem(aggregate.AGGREGATIONS, "deepest", deepest)
     ensemble = Ensemble({"a": Ramp(), "b": Ramp()}, BOTH, "deepest")
