@@ -46,8 +46,9 @@ def student_config(teacher, layers=2, dropout=0.1, dim=None):
 
     dim: the width, by default the teacher's. With another width the feed-forward dim is 4 * dim,
         and the fewest attention heads with at most 64 dims each.
-    The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT. Waveforms are
-    normalised as in transformers, so that an exported student has equal states there.
+    The gradient into the convolutions is scaled by 0.1, as in DistilHuBERT. If the teacher
+    normalises waveforms, so does the student, with the 1e-7 of transformers: an exported student
+    has equal states there.
     """
     sizes = {"layers": layers, "dropout": dropout, "relative_buckets": 0}
     sizes |= {"weight_norm": True, "conv_gradient_scale": 0.1}
