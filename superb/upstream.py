@@ -122,6 +122,8 @@ class Upstream:
             self.digest, self.dim, self.layers = key(path), 240, [0]
         else:
             self.encoder = load_encoder(path, self.device)
+            if not all(weight.isfinite().all() for weight in self.encoder.state_dict().values()):
+                raise ValueError(f"{path}: has weights that are NaN or infinite")
             self.digest, self.dim = digest(self.encoder), self.encoder.config.dim
             self.layers = list(range(self.encoder.config.layers + 1))
 

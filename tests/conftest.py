@@ -72,7 +72,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def upstreams(tmp_path_factory):
-    """Files of a student, two teachers and a web page.
+    """Files of a student, also with a weight that is NaN, two teachers and a web page.
 
     states.pt: hidden states of student.pt and wavlm.pt for noise(2, 8000).
     """
@@ -87,6 +87,8 @@ def upstreams(tmp_path_factory):
     expected = {"student.pt": states(student.encoder, noise(2, 8000))}
     expected["wavlm.pt"] = states(wavlm, noise(2, 8000))
     torch.save(expected, folder / "states.pt")
+    next(student.parameters()).data.flatten()[0] = torch.nan
+    save_student(student, folder / "nan.pt")
     return folder
 
 

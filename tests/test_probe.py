@@ -450,6 +450,7 @@ def test_folder_of_a_run_stands_for_its_student(upstreams, corpus, tmp_path):
     [
         ({"upstream": "nowhere.pt"}, ["nowhere.pt", "wavlm_plus"]),
         ({"upstream": "{upstreams}/other.pt"}, ["other.pt"]),
+        ({"upstream": "{upstreams}/nan.pt"}, ["nan.pt", "NaN or infinite"]),
         ({"lr": "fast"}, ["--lr", "fast"]),
         ({"steps": 0}, ["--steps", "at least 1"]),
         ({"batch_size": 500}, ["a batch of 500", "has 24"]),
