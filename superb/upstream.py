@@ -47,9 +47,8 @@ class Split(torch.utils.data.Dataset):
 
         The noise depends on the place i in the split, so noise_key covers the order of the paths.
         """
-        found = manifest.find_corpus(folder, ["."])
-        manifest.warn_skipped(found.skipped)
-        self.noise = data.Noise(found, snr)
+        self.noise = data.Noise(manifest.find_corpus(folder, ["."]), snr)
+        manifest.warn_skipped(self.noise.corpus.skipped)
         files = [audio_hash(self.noise.corpus, i) for i in range(len(self.noise.corpus))]
         self.noise_key = key(files, self.noise.snr, list(self.corpus.paths()))
 
