@@ -1,6 +1,7 @@
 """Labelled utterances to hidden states of a frozen upstream: cached, in memory, or per step."""
 
 import contextlib
+import math
 import os
 from pathlib import Path
 
@@ -22,7 +23,8 @@ class Split(torch.utils.data.Dataset):
     """Labelled utterances of a Corpus, and their hidden states, once computed.
 
     ids, labels: per utterance; skipped: {path: reason} of the utterances that are not used.
-    memory: Upstream.memory; cache: a Cache, or None. compute_states sets both.
+    memory: Upstream.memory; cache: a Cache, or None; compute_states sets them.
+    noise, noise_key: a data.Noise and a hash of it, or None; add_noise sets them.
     Raises ValueError if over 10% of the utterances are skipped, or one is too long.
     """
 
@@ -39,7 +41,7 @@ class Split(torch.utils.data.Dataset):
         longest = int(corpus.samples.argmax())
         seconds = corpus.samples[longest] / data.SAMPLE_RATE
         if seconds > MAX_SECONDS:
-            problem = f"{seconds:.0f} s, evaluations take up to {MAX_SECONDS} s; split it"
+            problem = f"{math.ceil(seconds)} s, evaluations take up to {MAX_SECONDS} s; split it"
             raise ValueError(f"{self.path(longest)}: {problem}")
 
     def add_noise(self, folder, snr):
@@ -149,6 +151,7 @@ def load_encoder(path, device):
 def compute_states(args, upstream, splits, stop):
     """Computes states into --cache, or into memory if half of the free memory is enough.
 
+    Else load_states computes them per batch.
     args: cache, batch_size and workers are used.
     """
     frame_bytes = 2 * len(upstream.layers) * upstream.dim  # bfloat16
