@@ -1,4 +1,4 @@
-"""Labelled utterances to hidden states of a frozen upstream: cached, in memory, or per step."""
+"""Labelled utterances to hidden states of a frozen upstream: cached, in memory, or per batch."""
 
 import contextlib
 import math
@@ -109,7 +109,7 @@ class FilterBanks(nn.Module):
 class Upstream:
     """The frozen encoder --upstream: a student, a teacher in any official form, or "fbank".
 
-    layers: its hidden states, from 0; dim: width of each; digest: hash of sizes and weights.
+    layers: numbers of its hidden states; dim: width of each; digest: hash of sizes and weights.
     memory: {(path, noise_key): (states, frames, dim)}, shared by all folds.
     """
 
@@ -142,7 +142,7 @@ class Upstream:
 
 def load_encoder(path, device):
     """The encoder of a student or of a teacher, in eval mode."""
-    if os.path.isfile(path) or path.endswith("student.pt"):
+    if os.path.isfile(path) or path.endswith("student.pt"):  # load_student names a missing one
         with contextlib.suppress(ValueError):  # not a student
             return load_student(path, device).encoder
     return load_teacher(path, device)
@@ -187,14 +187,14 @@ def fill_memory(upstream, sizes, stop):
     needed = sum(missing.values())
     text = f"states: {needed / 1e9:.3g} GB of {len(missing):,} utterances"
     if needed > free_memory() / 2:
-        print(f"{text}, computed at every step; --cache DIR stores them", flush=True)
+        program.say(f"{text}, computed at every step; --cache DIR stores them")
         return
-    print(f"{text}, in memory, lost if stopped; --cache DIR stores them", flush=True)
+    program.say(f"{text}, in memory, lost if stopped; --cache DIR stores them")
     progress = program.Progress("states", len(missing))
     for number, (split, i) in enumerate(missing, start=1):
         if stop.number:
             remedy = "with --cache DIR, the same command would have resumed"
-            print(f"stopped: the {number - 1:,} states in memory are lost; {remedy}", flush=True)
+            program.say(f"stopped: the {number - 1:,} states in memory are lost; {remedy}")
             raise SystemExit(128 + stop.number)
         upstream.memory[split.memory_key(i)] = upstream(split.read(i)).cpu()
         progress.show(number)
@@ -209,8 +209,8 @@ CGROUPS = {  # controllers, as in /proc/self/cgroup: folder, files of limit and 
 def free_memory(root="/"):
     """Bytes of memory that are available within the limits of containers and jobs.
 
-    A limit is that of this process's cgroup or of one that contains it. Memory used there counts,
-    except for cached files. root: folder of proc/ and sys/. Returns 0 if there is no proc/.
+    Limits are those of this process's cgroup and of all that contain it. Cached files count as
+    free. root: folder of proc/ and sys/. Returns 0 if there is no proc/.
     """
     root = Path(root)
     if not (root / "proc/meminfo").exists():
@@ -239,9 +239,9 @@ def read_numbers(path):
 
 
 def load_states(upstream, split, plan, workers, stop):
-    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded, and (batch,).
+    """Yields (states, frames) per batch: (states, batch, frames, dim), zero-padded.
 
-    plan: per batch, the indices of its utterances.
+    frames: of each utterance, (batch,). plan: per batch, the indices of its utterances.
     """
     if split.memory_key(0) in upstream.memory:
         workers = 0  # each would copy the memory
